@@ -1,0 +1,1 @@
+"""Sampling, speculation and generation over a model; token ids only below the engine."""

@@ -1,0 +1,1 @@
+"""Loss, optimizer, checkpoint, metrics and the loop that holds them together."""
