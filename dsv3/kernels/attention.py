@@ -1,0 +1,47 @@
+"""The two cores of multi-head latent attention: full (training, prefill) and latent (absorbed decoding).
+
+full     softmax(scale · q kᵀ) v per head over expanded keys and values
+latent   the same against the cache rows themselves: every head reads one shared [c_kv | k_pe] of C + R values, and values
+         are a view of the keys' first C; the caller has multiplied W_UK into the query and multiplies W_UV out
+Source: V2 report appendix C, V3 report section 2.1.1. Legend: B batch, H heads, T queries, S keys, C latent, R rope, K/V head sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend_full(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """q (B, H, T, K), k (B, H, S, K), v (B, H, S, V) -> (B, H, T, V). Causal from the start unless `mask` says otherwise.
+
+    mask: boolean, broadcastable to (B, H, T, S), True where attention is allowed.
+    """
+    # The fused kernels want one head size; on the CPU the unfused path costs 1.4x of a whole training step.
+    width = v.shape[-1]
+    pad = q.shape[-1] - width
+    if pad > 0:
+        v = F.pad(v, (0, pad))
+    elif pad < 0:
+        q, k = F.pad(q, (0, -pad)), F.pad(k, (0, -pad))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :width]
+
+
+def attend_full_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """attend_full written out, softmax in float32."""
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+
+
+def attend_latent(q: Tensor, latent: Tensor, *, rank: int, scale: float, mask: Tensor) -> Tensor:
+    """q (B, H, T, C + R) absorbed queries, latent (B, S, C + R) cache rows, mask (B, T, S) boolean -> (B, H, T, C)."""
+    batch, heads, tokens, width = q.shape
+    scores = q.reshape(batch, heads * tokens, width) @ latent.transpose(1, 2)
+    scores = scores.view(batch, heads, tokens, -1).float() * scale
+    weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1).to(latent.dtype)
+    out = weights.view(batch, heads * tokens, -1) @ latent[..., :rank]
+    return out.view(batch, heads, tokens, rank)

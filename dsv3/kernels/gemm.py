@@ -1,0 +1,72 @@
+"""Grouped GEMM: one weight matrix per expert, rows sorted by expert, no padding and no dropped row.
+
+    y[r] = x[r] @ w[e(r)].T        rows of expert e are x[offsets[e]:offsets[e + 1]]
+
+Three products, as any trainer needs them: fprop above, dgrad  dx[r] = dy[r] @ w[e(r)],  wgrad  dw[e] = dy_eᵀ @ x_e.
+`grouped_linear` is differentiable and opaque to torch.compile (row counts are data). `grouped_linear_reference` is the slow
+second opinion. Legend: R rows, E experts, I in, O out.
+Does not: quantise (see quant.py) or decide the order of rows (see moe.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_linear_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """The same by gathering each row's matrix: x (R, I), w (E, O, I), counts (E,) int64 -> (R, O). Memory R·O·I."""
+    rows = torch.repeat_interleave(w, counts, dim=0)
+    return torch.einsum("ri,roi->ro", x, rows)
+
+
+@torch.library.custom_op("dsv3::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """x (R, I) sorted by expert, w (E, O, I) of the same dtype, counts (E,) int64 summing to R -> (R, O)."""
+    y = x.new_empty(x.shape[0], w.shape[1])
+    start = 0
+    for matrix, count in zip(w.unbind(0), counts.tolist()):
+        if count:
+            torch.mm(x[start : start + count], matrix.t(), out=y[start : start + count])
+            start += count
+    assert start == x.shape[0], f"counts sum to {start}, rows are {x.shape[0]}"
+    return y
+
+
+@torch.library.custom_op("dsv3::grouped_linear_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy.contiguous()
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    start = 0
+    for matrix, d_matrix, count in zip(w.unbind(0), dw.unbind(0), counts.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            torch.mm(dy[rows], matrix, out=dx[rows])
+            torch.mm(dy[rows].t(), x[rows], out=d_matrix)
+            start += count
+        else:
+            d_matrix.zero_()  # an expert without a token: a true zero, never what the memory held before
+    return dx, dw
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(w)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy: Tensor):
+    x, w, counts = ctx.saved_tensors
+    dx, dw = _backward(dy, x, w, counts)
+    return dx, dw, None
+
+
+grouped_linear.register_autograd(_differentiate, setup_context=_save)
