@@ -1,9 +1,9 @@
 """ModelConfig: one frozen description of a DeepSeek-V3-architecture model, and its Hugging Face form.
 
-Field names are those of the published config.json, so `from_hf` and `to_hf` are the identity on them. What is fixed in the
-architecture (sigmoid scores, noaux_tc selection, SwiGLU, no biases, every layer after the dense ones MoE) is no field here:
-a config.json that asks for something else is refused. Fields of a config.json that we do not know are kept in `extra`, named
-by `unknown_fields`, and written back; our own configs have no such door.
+Field names are those of the published config.json, so `from_hf` and `to_hf` are the identity on them. What is fixed in
+the architecture (sigmoid scores, noaux_tc selection, SwiGLU, no biases, every layer after the dense ones MoE) is no
+field here: a config.json that asks for something else is refused. Fields of a config.json that we do not know are kept
+in `extra`, named by `unknown_fields`, and written back; our own configs have no such door.
 
 Sources: DeepSeek-V3 technical report (arXiv 2412.19437) sections 2.1, 4.2; the published config.json.
 Does not: hold run settings (learning rate, sequence length, balance coefficients); those belong to the trainer.
@@ -36,8 +36,8 @@ class YarnConfig:
             raise ValueError(f"YaRN factor {self.factor} shortens the context: give a factor >= 1, or no rope_scaling")
         if self.original_max_position_embeddings < 1:
             raise ValueError(
-                f"YaRN original_max_position_embeddings is {self.original_max_position_embeddings}: give the context length "
-                "the model was pre-trained with (4096 for V3)"
+                f"YaRN original_max_position_embeddings is {self.original_max_position_embeddings}: give the context "
+                "length the model was pre-trained with (4096 for V3)"
             )
 
 
@@ -76,20 +76,37 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = 1
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)  # unknown fields of a checkpoint's config.json
+    # The rest of a checkpoint's config.json. It describes no model, so two configs that differ only here are equal.
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_signs()
-        self._check_routing()
+        if self._has_experts:
+            self._check_routing()
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: RoPE turns pairs; give an even number")
         if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings true is not part of this architecture: the head has its own weight; set it to false")
+            raise ValueError(
+                "tie_word_embeddings true is not part of this architecture: the head has its own weight; set it to false"
+            )
+
+    @property
+    def _has_experts(self) -> bool:
+        return self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers > 0
+
+    def _check_types(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(str(f.type))
+            if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+                raise ValueError(f"{f.name} is {value!r}: it must be of type {f.type}")
 
     def _check_signs(self) -> None:
-        positive = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim \
-            qk_rope_head_dim v_head_dim max_position_embeddings rope_theta rms_norm_eps".split()
-        if self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers:
+        positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        positive += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        positive += ["max_position_embeddings", "rope_theta", "rms_norm_eps"]
+        if self._has_experts:
             positive += ["moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"]
         for name in positive:
             if getattr(self, name) <= 0:
@@ -98,7 +115,7 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
-            raise ValueError(f"q_lora_rank is {self.q_lora_rank}: give a positive rank, or null for an uncompressed query")
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}: give a positive rank, or null for a plain query")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
@@ -117,8 +134,8 @@ class ModelConfig:
         reachable = experts // groups * self.topk_group
         if self.num_experts_per_tok > reachable:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the {reachable} experts of {self.topk_group} groups "
-                f"({experts} experts in {groups} groups): raise topk_group or lower num_experts_per_tok"
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the {reachable} experts of {self.topk_group} "
+                f"groups ({experts} experts in {groups} groups): raise topk_group or lower num_experts_per_tok"
             )
 
     # -- derived ----------------------------------------------------------------------------------------------------------
@@ -148,7 +165,7 @@ class ModelConfig:
     @property
     def unknown_fields(self) -> tuple[str, ...]:
         """Fields of the config.json this was read from that dsv3 does not use; they are kept and written back."""
-        return tuple(sorted(self.extra))
+        return tuple(sorted(set(self.extra) - _FILE_FIELDS))
 
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` (MTP layers included) routes to experts."""
@@ -160,8 +177,9 @@ class ModelConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
         """Read a DeepseekV3 config.json: a path to it, to its folder, or its content.
 
-        Accepts `rope_scaling` (published files) and `rope_parameters` (transformers 5). Missing fields take the defaults of
-        transformers' DeepseekV3Config, not ours: that is what the file means elsewhere. Unknown fields are kept in `extra`.
+        Accepts `rope_scaling` (published files) and `rope_parameters` (transformers 5). Missing fields take the
+        defaults of transformers' DeepseekV3Config, not ours: that is what the file means elsewhere; but a file silent
+        about MTP layers has none. Unknown fields are kept in `extra`.
 
         Raises:
             ValueError: the file asks for something outside the architecture, or holds sizes that do not fit together.
@@ -177,7 +195,8 @@ class ModelConfig:
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         out["num_key_value_heads"] = self.num_attention_heads
-        out["rope_scaling"] = None if self.rope_scaling is None else {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
+        rope = self.rope_scaling
+        out["rope_scaling"] = None if rope is None else {"type": "yarn", **dataclasses.asdict(rope)}
         return {**out, "torch_dtype": "bfloat16", "use_cache": True, **self.extra, **overrides}
 
 
@@ -196,11 +215,18 @@ _FIXED_IN_HF: dict[str, Any] = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-# Defaults of transformers 5.23 DeepseekV3Config where a config.json may leave the field out and they differ from V3.
+# What a config.json means that leaves the field out, where it is not V3's value: the defaults of transformers 5.23's
+# DeepseekV3Config; except that it defaults to one MTP layer, while files without the field come from code without MTP.
 _HF_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 4096, "num_nextn_predict_layers": 0, "rope_scaling": None}
+# About the file rather than the model: kept like unknown fields, but used (by weights and census), so not unknown.
+_FILE_FIELDS = {"torch_dtype", "use_cache", "quantization_config"}
 # Known to the file format, without meaning for this model: derived here, or belonging to the framework that wrote them.
-_DERIVED_IN_HF = {"architectures", "model_type", "num_key_value_heads", "qk_head_dim", "head_dim", "num_local_experts", "rope_parameters"}
-_ALIASES = {"num_mtp_layers": "num_nextn_predict_layers"}
+_DERIVED_IN_HF = {"architectures", "model_type", "num_key_value_heads", "qk_head_dim", "head_dim", "rope_parameters"}
+_ALIASES = {
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+    "dtype": "torch_dtype",  # transformers 5
+}
 
 
 def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -223,20 +249,19 @@ def _fields_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     raw = dict(content)
     kind = raw.get("model_type", "deepseek_v3")
     if kind not in ("deepseek_v3", "kimi_k2"):
-        raise ValueError(f"model_type is {kind!r}, not 'deepseek_v3': dsv3 is one architecture; this file describes another")
+        raise ValueError(f"model_type is {kind!r}, not 'deepseek_v3': dsv3 is one architecture, this is another")
     for name, fixed in _FIXED_IN_HF.items():
         if raw.pop(name, fixed) != fixed:
-            raise ValueError(f"{name} is {content[name]!r}, but the DeepSeek-V3 architecture has {fixed!r}: not supported")
-    heads = raw.get("num_attention_heads")
-    if raw.get("num_key_value_heads", heads) != heads:
+            raise ValueError(f"{name} is {content[name]!r}, DeepSeek-V3 has {fixed!r}: another architecture")
+    heads = raw.get("num_attention_heads", ModelConfig.num_attention_heads)
+    if raw.get("num_key_value_heads") not in (None, heads):
         raise ValueError(
-            f"num_key_value_heads {raw['num_key_value_heads']} differs from num_attention_heads {heads}: MLA has one per head"
+            f"num_key_value_heads {raw['num_key_value_heads']} differs from num_attention_heads {heads}: MLA has one a head"
         )
     rope = _rope_fields(raw)
     for alias, name in _ALIASES.items():
         if alias in raw:
             raw.setdefault(name, raw.pop(alias))
-            raw.pop(alias, None)
     known = {f.name for f in dataclasses.fields(ModelConfig)} - {"extra"}
     fields = {**_HF_DEFAULTS, **{k: v for k, v in raw.items() if k in known}, **rope}
     if isinstance(fields.get("eos_token_id"), list):
@@ -258,7 +283,13 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(parameters) - known - {"partial_rotary_factor", "attention_factor", "truncate"})
         if unknown or parameters.get("attention_factor") is not None or parameters.get("truncate", True) is not True:
             raise ValueError(f"rope_scaling holds {parameters}: dsv3 knows the YaRN fields {sorted(known)} only")
-        out["rope_scaling"] = YarnConfig(**{k: v for k, v in parameters.items() if k in known and v is not None})
+        given = {k: v for k, v in parameters.items() if k in known and v is not None}
+        bad = {k: v for k, v in given.items() if isinstance(v, bool) or not isinstance(v, (int, float))}
+        if bad or not {"factor", "original_max_position_embeddings"} <= set(given):
+            raise ValueError(
+                f"rope_scaling is {parameters}: yarn needs numbers, factor and original_max_position_embeddings"
+            )
+        out["rope_scaling"] = YarnConfig(**given)
     elif kind != "default":
         raise ValueError(f"rope type is {kind!r}: this architecture uses plain RoPE ('default') or 'yarn'")
     return out

@@ -46,7 +46,10 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     scale = 1.0
     if config.rope_scaling is not None:
         yarn = config.rope_scaling
-        scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        if yarn.mscale and yarn.mscale_all_dim:
+            scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        else:  # one alone says nothing, as in transformers: the plain YaRN temperature
+            scale = yarn_mscale(yarn.factor, 1.0)
     return angles.cos() * scale, angles.sin() * scale
 
 

@@ -353,13 +353,10 @@ class Router(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Keep the bias float32 through `model.to(bfloat16)`: its values sit closer together than a bfloat16 step (spec 4.2)."""
+        exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        exact = self._buffers["e_score_correction_bias"]
-        assert exact is not None
-        if exact.dtype != torch.float32:
-            raise TypeError(
-                f"the router bias became {exact.dtype}: it must stay float32; cast the model with dsv3.model.transformer.cast"
-            )
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self
 
 

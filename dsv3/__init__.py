@@ -1,0 +1,63 @@
+"""dsv3: an independent, complete DeepSeek-V3. The names here are the stable API; all else is internal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "ModelConfig", "SamplingParams", "Tokenizer", "load", "save"]
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv3.data.tokenizer import Tokenizer
+    from dsv3.infer.engine import Engine
+    from dsv3.infer.sampling import SamplingParams
+    from dsv3.model.config import ModelConfig
+    from dsv3.model.transformer import DeepseekV3
+
+_HOMES = {
+    "Engine": "dsv3.infer.engine",
+    "ModelConfig": "dsv3.model.config",
+    "SamplingParams": "dsv3.infer.sampling",
+    "Tokenizer": "dsv3.data.tokenizer",
+}
+
+
+def load(
+    path: str | Path, dtype: str | torch.dtype = "bfloat16", device: str = "cpu", *, mtp: bool = True
+) -> tuple[DeepseekV3, Tokenizer]:
+    """Open any checkpoint of the architecture: (model, tokenizer). FP8 files are dequantised on the way, on any device.
+
+    Args:
+        mtp: load the MTP layers; False for files that lost them (a transformers re-save does).
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, truncated or tampered with, or the tokenizer does not round-trip.
+    """
+    from dsv3.data.tokenizer import Tokenizer
+    from dsv3.model.weights import load_model
+
+    return load_model(Path(path), dtype=dtype, device=device, mtp=mtp), Tokenizer.from_file(Path(path))
+
+
+def save(model: DeepseekV3, path: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
+    """Write model (and tokenizer) as a Hugging Face checkpoint, MTP layers and float32 router bias included.
+
+    Raises:
+        ValueError: the folder exists.
+        OSError: the disk is full; nothing is left behind.
+    """
+    from dsv3.model.weights import save_model
+
+    save_model(model, Path(path), tokenizer=tokenizer)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes load on first use: `import dsv3` itself is instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsv3' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,535 @@
+"""What a config amounts to, in exact integers: every tensor on disk and in memory, parameters, bytes, cache, FLOPs.
+
+One list, `layout`, ties the two forms of a model together and is the only place that knows both:
+
+    piece on disk   model.layers.3.mlp.experts.7.up_proj.weight   [I, D]
+    is in memory    model.layers.3.mlp.experts.gate_up_proj       [7, I:2I]       (experts stacked, spec 2.4)
+
+An MTP layer's embed_tokens and shared_head.head exist only on disk, as duplicates of the main model's. Stored as
+F8_E4M3, every Linear but router, eh_proj, embedding and heads has a `_scale_inv` of one F32 a 128x128 block, ragged
+blocks included.
+
+    FLOPs a trained token = 6·(active parameters without the embedding) + 3·L·2·H·S·(qk + v), the last halved if causal
+
+Source: the published index (spec 2.1, 2.2), V3 report (arXiv 2412.19437) sections 2.1, 2.2; ISCA'25 paper (FLOPs).
+Does not: read a single weight; `inspect` reads the headers of the files alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsv3.model.config import ModelConfig
+
+BLOCK = 128  # side of a block that shares one scale
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}  # what this architecture is stored in
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_ALL_ITEM_BYTES = {**ITEM_BYTES, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+_ALL_ITEM_BYTES |= {"BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class Piece(NamedTuple):
+    """One tensor of the file and where it lives in memory: `state[memory][index]`."""
+
+    disk: str
+    memory: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+    duplicate: bool = False  # an MTP layer's copy of the embedding or the head
+
+
+class TensorSpec(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' spelling: F32, BF16, F16, F8_E4M3
+
+
+class Stored(NamedTuple):
+    """One tensor of a checkpoint's headers."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+# -- names and shapes --------------------------------------------------------------------------------------------------
+
+
+def memory_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every entry of the model's state dict, in the published order: main model, then MTP layers."""
+    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    for layer in range(config.num_hidden_layers):
+        yield from _layer_shapes(config, layer)
+    yield "model.norm.weight", (config.hidden_size,)
+    yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+    for layer in range(config.num_hidden_layers, config.num_layers_with_mtp):
+        yield from _layer_shapes(config, layer)
+
+
+def layout(config: ModelConfig) -> Iterator[Piece]:
+    """Every weight of the checkpoint (scales aside). The pieces of one tensor in memory follow each other."""
+    for name, shape in memory_shapes(config):
+        if ".mlp.experts." not in name:
+            yield Piece(name, name, (), shape)
+            if name.endswith("shared_head.norm.weight"):
+                yield from _duplicates(config, name.removesuffix("shared_head.norm.weight"))
+            continue
+        folder, _, which = name.rpartition(".")
+        width = config.moe_intermediate_size
+        for expert in range(shape[0]):
+            stem = f"{folder}.{expert}"
+            if which == "down_proj":
+                yield Piece(f"{stem}.down_proj.weight", name, (expert,), shape[1:])
+            else:
+                half = (width, config.hidden_size)
+                yield Piece(f"{stem}.gate_proj.weight", name, (expert, slice(0, width)), half)
+                yield Piece(f"{stem}.up_proj.weight", name, (expert, slice(width, 2 * width)), half)
+
+
+def disk_tensors(config: ModelConfig, storage: str = "BF16") -> Iterator[TensorSpec]:
+    """Every tensor of the checkpoint as published, stored as F32, BF16, F16 or F8_E4M3 (which adds the scales).
+
+    Raises:
+        ValueError: storage is another dtype.
+    """
+    if storage not in ITEM_BYTES:
+        raise ValueError(
+            f"storage {storage!r} is not a dtype of this checkpoint: choose one of {', '.join(ITEM_BYTES)}"
+        )
+    wide = "BF16" if storage == "F8_E4M3" else storage
+    for piece in layout(config):
+        if storage == "F8_E4M3" and is_fp8_weight(piece.disk):
+            yield TensorSpec(piece.disk, piece.shape, storage)
+            yield TensorSpec(piece.disk + "_scale_inv", scale_shape(piece.shape), "F32")
+        else:
+            yield TensorSpec(piece.disk, piece.shape, "F32" if is_router_bias(piece.disk) else wide)
+
+
+def is_fp8_weight(name: str) -> bool:
+    """Whether the published checkpoint stores it as FP8: every Linear but router, eh_proj, embedding and heads."""
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
+
+
+def is_router_bias(name: str) -> bool:
+    """float32 whatever the model's dtype: its values sit closer together than a bfloat16 step."""
+    return name.endswith("e_score_correction_bias")
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.ceil(size / BLOCK) for size in shape)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a tensor's name, None for what belongs to no layer."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal() else None
+
+
+def _duplicates(config: ModelConfig, stem: str) -> Iterator[Piece]:
+    shape = (config.vocab_size, config.hidden_size)
+    yield Piece(f"{stem}embed_tokens.weight", "model.embed_tokens.weight", (), shape, duplicate=True)
+    yield Piece(f"{stem}shared_head.head.weight", "lm_head.weight", (), shape, duplicate=True)
+
+
+def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    dim, stem = config.hidden_size, f"model.layers.{layer}."
+    yield f"{stem}input_layernorm.weight", (dim,)
+    for name, shape in _attention_shapes(config):
+        yield f"{stem}self_attn.{name}.weight", shape
+    yield f"{stem}post_attention_layernorm.weight", (dim,)
+    if config.is_moe(layer):
+        experts, width = config.n_routed_experts, config.moe_intermediate_size
+        yield f"{stem}mlp.gate.weight", (experts, dim)
+        yield f"{stem}mlp.gate.e_score_correction_bias", (experts,)
+        yield f"{stem}mlp.experts.gate_up_proj", (experts, 2 * width, dim)
+        yield f"{stem}mlp.experts.down_proj", (experts, dim, width)
+        if config.n_shared_experts:
+            yield from _mlp_shapes(f"{stem}mlp.shared_experts.", dim, config.n_shared_experts * width)
+    else:
+        yield from _mlp_shapes(f"{stem}mlp.", dim, config.intermediate_size)
+    if layer >= config.num_hidden_layers:
+        yield f"{stem}enorm.weight", (dim,)
+        yield f"{stem}hnorm.weight", (dim,)
+        yield f"{stem}eh_proj.weight", (dim, 2 * dim)
+        yield f"{stem}shared_head.norm.weight", (dim,)
+
+
+def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    dim, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        yield "q_proj", (queries, dim)
+    else:
+        yield "q_a_proj", (config.q_lora_rank, dim)
+        yield "q_a_layernorm", (config.q_lora_rank,)
+        yield "q_b_proj", (queries, config.q_lora_rank)
+    yield "kv_a_proj_with_mqa", (rank + config.qk_rope_head_dim, dim)
+    yield "kv_a_layernorm", (rank,)
+    yield "kv_b_proj", (heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+    yield "o_proj", (dim, heads * config.v_head_dim)
+
+
+def _mlp_shapes(stem: str, dim: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{stem}gate_proj.weight", (width, dim)
+    yield f"{stem}up_proj.weight", (width, dim)
+    yield f"{stem}down_proj.weight", (dim, width)
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Exact parameter counts; the router biases are counted, as in the checkpoint. V3's value behind each."""
+
+    parts: Mapping[str, int]  # main model by kind of module; sums to total
+    total: int  # main model with embedding and head: 671,026,419,200
+    active: int  # of it, used by one token: 37,552,297,472
+    active_without_embedding: int  # what costs FLOPs: 36,625,618,432
+    active_without_embedding_and_head: int  # 35,698,939,392
+    mtp: int  # all MTP layers, weights of their own: 11,610,068,224
+    mtp_stored: int  # with the duplicates of embedding and head on disk: 13,463,426,304
+    mtp_active: int  # used by one token, of their own: 688,100,608
+    mtp_active_with_shared: int  # with the shared embedding and head, once a layer: 2,541,458,688
+    in_memory: int  # total + mtp, what a model object holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """What lies on disk: numbers of tensors, and of elements and bytes by dtype (scales and duplicates included)."""
+
+    tensors: int
+    elements: Mapping[str, int]
+    bytes: Mapping[str, int]
+
+    @property
+    def total_elements(self) -> int:
+        return sum(self.elements.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    parts: dict[str, int] = {}
+    active = mtp = mtp_active = 0
+    for name, shape in memory_shapes(config):
+        size = math.prod(shape)
+        used = size // config.n_routed_experts * config.num_experts_per_tok if ".mlp.experts." in name else size
+        if (layer_of(name) or 0) >= config.num_hidden_layers:
+            mtp, mtp_active = mtp + size, mtp_active + used
+        else:
+            part = _part(name)
+            parts[part] = parts.get(part, 0) + size
+            active += used
+    total, table = sum(parts.values()), config.vocab_size * config.hidden_size
+    shared = 2 * table * config.num_nextn_predict_layers
+    return Parameters(
+        parts=parts,
+        total=total,
+        active=active,
+        active_without_embedding=active - table,
+        active_without_embedding_and_head=active - 2 * table,
+        mtp=mtp,
+        mtp_stored=mtp + shared,
+        mtp_active=mtp_active,
+        mtp_active_with_shared=mtp_active + shared,
+        in_memory=total + mtp,
+    )
+
+
+def count_storage(config: ModelConfig, storage: str = "BF16") -> Storage:
+    """What the checkpoint holds when stored as F32, BF16, F16 or F8_E4M3 (published: 688,574,839,360 B)."""
+    return _tally((dtype, shape) for _, shape, dtype in disk_tensors(config, storage))
+
+
+def cache_bytes_per_token(config: ModelConfig, *, mtp: bool = False) -> int:
+    """Bytes a token needs of the bfloat16 latent cache: kv_lora_rank + qk_rope_head_dim values a layer (V3: 70,272)."""
+    layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
+    return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True, mtp: bool = False) -> int:
+    """FLOPs to train on one token, forward and backward, at `sequence` tokens a row; no recomputation counted.
+
+    With causal, attention counts half (each token sees half the row on average). With mtp, the MTP layers and the
+    shared head they run count too; published figures (250.5 and 281.2 GFLOP at 4,096) are without.
+    """
+    count = count_parameters(config)
+    matmul, layers = count.active_without_embedding, config.num_hidden_layers
+    if mtp:
+        head = config.vocab_size * config.hidden_size
+        matmul += count.mtp_active + head * config.num_nextn_predict_layers
+        layers = config.num_layers_with_mtp
+    attention = 2 * config.num_attention_heads * sequence * (config.qk_head_dim + config.v_head_dim)
+    return 6 * matmul + 3 * layers * attention // (2 if causal else 1)
+
+
+def _tally(tensors: Iterator[tuple[str, tuple[int, ...]]]) -> Storage:
+    number, elements = 0, dict[str, int]()
+    for dtype, shape in tensors:
+        number += 1
+        elements[dtype] = elements.get(dtype, 0) + math.prod(shape)
+    return Storage(
+        tensors=number, elements=elements, bytes={dtype: n * _ALL_ITEM_BYTES[dtype] for dtype, n in elements.items()}
+    )
+
+
+def _part(name: str) -> str:
+    if name == "lm_head.weight":
+        return "head"
+    if name == "model.embed_tokens.weight":
+        return "embedding"
+    for mark, part in (
+        ("norm.weight", "norms"),
+        (".self_attn.", "attention"),
+        (".mlp.gate.", "routers"),
+        (".mlp.experts.", "routed experts"),
+        (".mlp.shared_experts.", "shared experts"),
+    ):
+        if mark in name:
+            return part
+    return "dense MLPs"
+
+
+# -- headers of safetensors files --------------------------------------------------------------------------------------
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder by name, from headers and index alone; empty if it holds no weights.
+
+    Checked: each file is as long as its header says, every tensor's bytes fit its shape and dtype and lie inside the
+    file without gap or overlap, the index and the files agree.
+
+    Raises:
+        ValueError: one of these fails; names the file, the tensor and both values.
+    """
+    index = _read_index(folder)
+    if index is None:
+        single = folder / SINGLE_FILE
+        loose = sorted(path.name for path in folder.glob("*.safetensors"))
+        if loose and not single.exists():
+            raise ValueError(f"{folder} has weights ({loose[0]}, ...) but no {INDEX_FILE}: copy the index beside them")
+        return _read_header(single) if loose else {}
+    if (folder / SINGLE_FILE).exists():
+        raise ValueError(
+            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: two checkpoints; delete the one not meant"
+        )
+    found: dict[str, Stored] = {}
+    for file in sorted(set(index.values())):
+        for name, stored in _read_header(folder / file).items():
+            if index.get(name) != file:
+                raise ValueError(
+                    f"{folder / file} holds {name}, but {INDEX_FILE} says {index.get(name, 'no file')}: damaged"
+                )
+            found[name] = stored
+    for name, file in index.items():
+        if name not in found:
+            raise ValueError(
+                f"{INDEX_FILE} says {name} is in {folder / file}, but it is not there: fetch that file again"
+            )
+    return found
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in index.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no index ({type(error).__name__}: {error}): it is damaged; fetch it again"
+        ) from None
+    outside = sorted(file for file in set(names.values()) if Path(file).name != file)
+    if outside:
+        raise ValueError(f"{path} points to {outside[0]!r}, outside its folder: an index names files beside it only")
+    return names
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing, though {INDEX_FILE} names it: fetch that file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{path} is truncated: its header takes {length} bytes, the file has {size}: fetch it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error}): fetch it again") from None
+    data, end = size - 8 - length, 0
+    found: dict[str, Stored] = {}
+    for name, (begin, stop, stored) in sorted(
+        ((name, _read_entry(path, name, entry)) for name, entry in entries.items()), key=lambda item: item[1][:2]
+    ):
+        if begin != end:
+            raise ValueError(f"{path}: {name} begins at byte {begin}, the tensor before it ends at {end}: damaged")
+        if stop > data:
+            raise ValueError(
+                f"{path}: {name} ends at byte {stop}, the file has {data} of data: truncated; fetch it again"
+            )
+        found[name], end = stored, stop
+    if end != data:
+        raise ValueError(f"{path} has {data} bytes of data, its header accounts for {end}: damaged; fetch it again")
+    return found
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, Stored]:
+    try:
+        dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+            raise ValueError("negative or not integers")
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: {name} is described as {entry!r}, not dtype, shape, data_offsets: damaged") from None
+    if dtype not in _ALL_ITEM_BYTES:
+        raise ValueError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_ALL_ITEM_BYTES)}")
+    if stop - begin != (need := math.prod(shape) * _ALL_ITEM_BYTES[dtype]):
+        raise ValueError(f"{path}: {name} is {dtype} {list(shape)} = {need} bytes, but holds {stop - begin}: damaged")
+    return begin, stop, Stored(path.name, dtype, shape)
+
+
+# -- inspection --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A checkpoint or config at a glance; nothing in it needed a weight."""
+
+    path: str
+    source: str  # "headers": storage counted from the files; "config": computed
+    rows: tuple[tuple[str, str, int | float | str | None], ...]  # (section, name, value), for a table
+    parameters: Parameters
+    storage: Storage
+    cache_bytes_per_token: int  # bfloat16, main layers
+    cache_bytes_per_token_with_mtp: int
+    unknown_fields: tuple[str, ...]  # of config.json
+    missing: tuple[str, ...]  # tensors that the config demands and the files lack; () without files
+    unexpected: tuple[str, ...]  # tensors that the config knows nothing of
+    mismatched: tuple[str, ...]  # "name: shape in the file, shape by the config"
+
+    def to_json(self) -> str:
+        """One JSON object, integers exact."""
+        content = dataclasses.asdict(self)
+        content["rows"] = [list(row) for row in self.rows]
+        content["storage"] |= {"total_elements": self.storage.total_elements, "total_bytes": self.storage.total_bytes}
+        return json.dumps(content, indent=2)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe a checkpoint folder from config.json and file headers, or a config.json (or bare folder) by computing.
+
+    Raises:
+        ValueError: no config there, a config outside the architecture, or damaged headers (see `read_headers`).
+            Tensors that do not fit the config are reported, not raised.
+    """
+    path = Path(path)
+    config = ModelConfig.from_hf(path)
+    headers = read_headers(path) if path.is_dir() else {}
+    expected = {spec.name: spec.shape for spec in disk_tensors(config, _storage_of(config, headers))} if headers else {}
+    # Any weight may be FP8 or not in a real file; its scale is expected exactly where it is.
+    for name in [name for name in expected if name.endswith("_scale_inv")]:
+        weight = headers.get(name.removesuffix("_scale_inv"))
+        if weight is not None and weight.dtype != "F8_E4M3":
+            del expected[name]
+    if headers:
+        storage = _tally((stored.dtype, stored.shape) for stored in headers.values())
+    else:
+        storage = count_storage(config, _storage_of(config, headers))
+    parameters = count_parameters(config)
+    return Inspection(
+        path=str(path),
+        source="headers" if headers else "config",
+        rows=tuple(_rows(config, parameters, storage)),
+        parameters=parameters,
+        storage=storage,
+        cache_bytes_per_token=cache_bytes_per_token(config),
+        cache_bytes_per_token_with_mtp=cache_bytes_per_token(config, mtp=True),
+        unknown_fields=config.unknown_fields,
+        missing=tuple(name for name in expected if name not in headers),
+        unexpected=tuple(name for name in headers if name not in expected),
+        mismatched=tuple(
+            f"{name}: {list(headers[name].shape)} in the file, {list(shape)} by the config"
+            for name, shape in expected.items()
+            if name in headers and headers[name].shape != shape
+        ),
+    )
+
+
+def _storage_of(config: ModelConfig, headers: Mapping[str, Stored]) -> str:
+    if headers:
+        return "F8_E4M3" if any(stored.dtype == "F8_E4M3" for stored in headers.values()) else "BF16"
+    if (config.extra.get("quantization_config") or {}).get("quant_method") == "fp8":
+        return "F8_E4M3"
+    return {"float32": "F32", "float16": "F16"}.get(str(config.extra.get("torch_dtype")), "BF16")
+
+
+def _rows(
+    config: ModelConfig, count: Parameters, storage: Storage
+) -> Iterator[tuple[str, str, int | float | str | None]]:
+    dense = min(config.first_k_dense_replace, config.num_hidden_layers)
+    groups = f"{config.topk_group} of {config.n_group} groups"
+    rope = config.rope_scaling
+    table: dict[str, dict[str, int | float | str | None]] = {
+        "layers": {
+            "dense": dense,
+            "with experts": config.num_hidden_layers - dense,
+            "MTP": config.num_nextn_predict_layers,
+            "width": config.hidden_size,
+            "dense MLP width": config.intermediate_size,
+            "vocabulary": config.vocab_size,
+        },
+        "attention (MLA)": {
+            "heads": config.num_attention_heads,
+            "query rank": config.q_lora_rank,
+            "key-value rank": config.kv_lora_rank,
+            "head size nope / rope / v": f"{config.qk_nope_head_dim} / {config.qk_rope_head_dim} / {config.v_head_dim}",
+            "context": config.max_position_embeddings,
+            "RoPE": f"theta {config.rope_theta:g}"
+            + (f", YaRN x{rope.factor:g} from {rope.original_max_position_embeddings}" if rope else ""),
+            "softmax scale": config.softmax_scale,
+        },
+        "experts": {
+            "routed": config.n_routed_experts,
+            "a token": f"{config.num_experts_per_tok} from {groups}",
+            "shared": config.n_shared_experts,
+            "width": config.moe_intermediate_size,
+            "routed scaling": config.routed_scaling_factor,
+        },
+        "parameters": {
+            **count.parts,
+            "total": count.total,
+            "active a token": count.active,
+            "active without embedding": count.active_without_embedding,
+            "MTP": count.mtp,
+            "MTP active a token": count.mtp_active,
+        },
+        "on disk": {
+            "tensors": storage.tensors,
+            **{f"bytes {dtype}": size for dtype, size in storage.bytes.items()},
+            "bytes": storage.total_bytes,
+        },
+        "cache, bytes a token (bfloat16)": {
+            "main layers": cache_bytes_per_token(config),
+            "with MTP": cache_bytes_per_token(config, mtp=True),
+        },
+    }
+    for section, rows in table.items():
+        for name, value in rows.items():
+            yield section, name, value

@@ -1,0 +1,1 @@
+"""Transforms of a finished model, applied from outside in one order."""

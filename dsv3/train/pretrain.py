@@ -1,0 +1,60 @@
+"""Pre-training from shards to checkpoint, read top down: data -> model -> trainer.
+
+Does not: tokenise (see recipes.corpus_to_shards) or choose sizes (see recipes).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsv3.data.loader import Loader, LoaderConfig, byte_lengths, held_out_batches
+from dsv3.data.shards import Shards
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepseekV3
+from dsv3.train.trainer import HeldOut, TrainConfig, Trainer
+
+
+def build_trainer(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    shards: Shards,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    held_out: Shards | None = None,
+    held_out_rows: int = 32,
+    device: str = "cpu",
+) -> Trainer:
+    """A trainer over freshly initialised float32 masters; `run` resumes if the folder holds a checkpoint.
+
+    Raises:
+        ValueError: the tokenizer does not fit the shards or the model, or the corpus is smaller than one batch.
+    """
+    if shards.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"the shards were made with tokenizer {shards.tokenizer_fingerprint[:12]}, this is {tokenizer.fingerprint[:12]}: "
+            "make the shards again with `dsv3 data`, or give the tokenizer they were made with"
+        )
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {model_config.vocab_size}: raise vocab_size"
+        )
+    if train_config.seq_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"seq_len {train_config.seq_len} exceeds max_position_embeddings {model_config.max_position_embeddings}: lower seq_len"
+        )
+    depth = model_config.num_nextn_predict_layers
+    loader = Loader(shards, LoaderConfig(seq_len=train_config.seq_len, extra_tokens=depth, seed=train_config.seed))
+    loader.check_batch(train_config.schedule.batch_size)
+    model = DeepseekV3(model_config)
+    model.init_weights(torch.Generator().manual_seed(train_config.seed))
+    evaluation = None
+    if held_out is not None:
+        rows = held_out_batches(
+            held_out, seq_len=train_config.seq_len, extra_tokens=0, rows=train_config.micro_batch, max_rows=held_out_rows
+        )
+        evaluation = HeldOut(list(rows), byte_lengths(tokenizer))
+    return Trainer(model.to(device), loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation)

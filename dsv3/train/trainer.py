@@ -1,0 +1,335 @@
+"""The training loop: batch -> forward, backward (bfloat16 twin) -> float32 gradients -> clip -> AdamW -> router bias.
+
+One optimizer step is `Trainer.step`; everything else keeps it company: schedules, metrics, held-out loss, checkpoints,
+Ctrl-C. A step is a pure function of the checkpointed state, so a run killed anywhere and resumed repeats it bit for bit.
+A loss or gradient that is not finite stops the run before the optimizer has seen it.
+Source: V3 report sections 3.3 (float32 masters and gradient accumulation) and 4.2.
+Does not: build models or data (see pretrain.py), or know several processes (issue 6).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.data.loader import Batch, Loader, count_bytes
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model.census import training_flops_per_token
+from dsv3.model.transformer import DeepseekV3
+from dsv3.parallel.apply import can_compile, compute_copy, prepare, refresh_copy
+from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
+from dsv3.train.loss import Losses, training_losses
+from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
+from dsv3.train.optim import ScheduleConfig, build_optimizer, non_finite, update_router_bias
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient became NaN or infinite; nothing was updated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; the model's sizes are ModelConfig's."""
+
+    schedule: ScheduleConfig
+    seq_len: int = 4096
+    """Tokens a row."""
+    micro_batch: int = 8
+    """Rows of one forward and backward; a step accumulates as many as its batch needs."""
+    alpha: float = 1e-4
+    """Factor of the sequence-wise balance loss."""
+    clip: float = 1.0
+    weight_decay: float = 0.1
+    dtype: str = "bfloat16"
+    """Of the products; masters, gradients and moments are float32."""
+    mask_documents: bool = False
+    """Keep attention inside a document. The report does not (section 4.1)."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass, and compute the layer again there."""
+    compile: bool | None = None
+    """torch.compile every layer; None: where a compiler exists and the run is long enough to repay it."""
+    seed: int = 0
+    save_every: int = 100
+    keep_last: int = 2
+    eval_every: int = 50
+    log_counts_every: int = 10
+    max_steps: int | None = field(default=None, metadata={"run": False})
+    """Stop after this many steps of this sitting (the schedule is unchanged); None: to the end."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}: train in 'bfloat16' or 'float32'")
+        for name in ("seq_len", "micro_batch", "save_every", "keep_last", "eval_every", "log_counts_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues."""
+        full = dataclasses.asdict(self)
+        for name in ("save_every", "keep_last", "eval_every", "log_counts_every", "max_steps"):
+            full.pop(name)
+        return full
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text the model never trains on, with the bytes behind its tokens."""
+
+    batches: list[Batch]
+    byte_lengths: Tensor  # (V,)
+
+
+class Trainer:
+    """Holds the masters, their bfloat16 twin, the optimizer and the loader. See `run`."""
+
+    def __init__(
+        self,
+        model: DeepseekV3,
+        loader: Loader,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        tokenizer: Tokenizer | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.model, self.loader, self.config, self.folder = model, loader, config, Path(folder)
+        self.tokenizer, self.held_out = tokenizer, held_out
+        self.device = model.lm_head.weight.device
+        self.depth = model.config.num_nextn_predict_layers
+        self.optimizer = build_optimizer(model, weight_decay=config.weight_decay)
+        self.step_index, self.tokens = 0, 0
+        self.identity = {
+            "model": model.config.to_hf(),
+            "train": config.identity(),
+            "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        }
+        self.twin = compute_copy(model, getattr(torch, config.dtype))
+        steps = config.max_steps or config.schedule.steps
+        compiled = can_compile(self.device) and steps > 200 if config.compile is None else config.compile
+        prepare(self.twin, recompute=config.recompute, compile_layers=compiled)
+        self._grads = [torch.zeros_like(parameter) for parameter in model.parameters()]
+
+    # -- one step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; the record of it.
+
+        Raises:
+            NonFiniteError: names step, layer and batch; masters, moments and biases are as before the step.
+        """
+        index, schedule = self.step_index, self.config.schedule
+        start, rows = time.perf_counter(), schedule.rows(self.step_index)
+        batch = self.loader.next_batch(rows)
+        losses, counts = self._accumulate(batch, schedule.mtp_lambda(index))
+        parameters = list(self.model.parameters())
+        for parameter, grad in zip(parameters, self._grads):
+            parameter.grad = grad
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        if not bool(norm.isfinite()):
+            named = ((name, p.grad) for name, p in self.model.named_parameters())
+            raise NonFiniteError(f"gradient of {non_finite(list(named))} is not finite {self._where(0, rows)}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.lr(index)
+        self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None  # a float32 run's twin is the master itself, and its backward adds to what it finds here
+        update_router_bias(self.model, counts, schedule.bias_speed(index))
+        refresh_copy(self.twin, self.model)
+        self.step_index += 1
+        self.tokens += rows * self.config.seq_len
+        seconds = time.perf_counter() - start
+        return {
+            "step": self.step_index,
+            "tokens": self.tokens,
+            "loss": losses.main.item(),
+            "mtp_loss": [loss.item() for loss in losses.mtp],
+            "balance_loss": losses.balance.item() / max(1, counts.shape[0]),
+            "grad_norm": norm.item(),
+            "lr": schedule.lr(index),
+            "gamma": schedule.bias_speed(index),
+            "mtp_weight": schedule.mtp_lambda(index),
+            "rows": rows,
+            "seconds": seconds,
+            "tokens_per_s": rows * self.config.seq_len / seconds,
+            **({"load": expert_load(counts)} if counts.numel() else {}),
+            **({"expert_counts": counts.tolist()} if index % self.config.log_counts_every == 0 else {}),
+        }
+
+    def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:
+        """Forward and backward over the micro-batches; float32 gradients of the batch's mean loss in self._grads."""
+        for grad in self._grads:
+            grad.zero_()
+        rows, total, counts = batch.tokens.shape[0], None, None
+        for start in range(0, rows, self.config.micro_batch):
+            micro = slice(start, min(start + self.config.micro_batch, rows))
+            share = (micro.stop - micro.start) / rows
+            tokens, targets = batch.tokens[micro].to(self.device), batch.targets[micro].to(self.device)
+            hidden = self.twin.hidden(
+                tokens, depth=self.depth, mask=self._mask(batch.doc_ids[micro]), balance=self.config.alpha > 0
+            )
+            losses = training_losses(
+                hidden.main,
+                hidden.mtp,
+                hidden.routing.balance,
+                self.twin.lm_head.weight,
+                targets,
+                mtp_weight=mtp_weight,
+                alpha=self.config.alpha,
+            )
+            if not bool(losses.total.isfinite()):
+                raise NonFiniteError(f"loss is {losses.total.item()} {self._blame(tokens)}{self._where(micro.start, micro.stop)}")
+            (losses.total * share).backward()
+            for grad, parameter in zip(self._grads, self.twin.parameters(), strict=True):
+                if parameter.grad is not None:
+                    grad.add_(parameter.grad)
+                    parameter.grad = None
+            scaled = [loss * share for loss in (losses.total.detach(), losses.main, *losses.mtp, losses.balance)]
+            total = scaled if total is None else [a + b for a, b in zip(total, scaled)]
+            counts = hidden.routing.counts if counts is None else counts + hidden.routing.counts
+        assert total is not None and counts is not None
+        return Losses(total[0], total[1], tuple(total[2:-1]), total[-1]), counts
+
+    def _mask(self, doc_ids: Tensor) -> Tensor | None:
+        if not self.config.mask_documents:
+            return None
+        ids = doc_ids[:, : self.config.seq_len].to(self.device)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=self.device).tril()
+        return (ids.unsqueeze(1) == ids.unsqueeze(2)) & causal
+
+    def _where(self, first: int, last: int) -> str:
+        return (
+            f"at step {self.step_index + 1}, batch rows {first} to {last - 1} (loader row {self.loader.state_dict()['rows']}): "
+            "nothing was updated, the last checkpoint is good; lower peak_lr or look at that batch"
+        )
+
+    @torch.no_grad()
+    def _blame(self, tokens: Tensor) -> str:
+        """The first module whose output is not finite, by one more forward with every output looked at."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(_module: object, _inputs: object, output: object) -> None:
+                tensor = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
+                    found.append(name)
+
+            return hook
+
+        plain = compute_copy(self.model, getattr(torch, self.config.dtype))
+        handles = [m.register_forward_hook(look(name)) for name, m in plain.named_modules() if name]
+        try:
+            plain.hidden(tokens, depth=self.depth)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return f"(first in {found[0]}) " if found else ""
+
+    # -- the run --------------------------------------------------------------------------------------------------------
+
+    def run(self, *, resume: bool = True, on_eval: Iterable[Callable[[Trainer], dict[str, Any]]] = ()) -> None:
+        """Train to the schedule's end, from the newest checkpoint of the folder when there is one.
+
+        Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
+        """
+        resumed = latest_checkpoint(self.folder) if resume else None
+        if resumed is not None:
+            self.restore(resumed)
+        schedule = self.config.schedule
+        end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
+        flops = training_flops_per_token(self.model.config, self.config.seq_len, causal=True, mtp=self.depth > 0)
+        peak = measure_peak(getattr(torch, self.config.dtype), self.device)
+        log = MetricsLog(self.folder, resume_step=self.step_index)
+        with log, Console(schedule.steps, start_step=self.step_index) as console, _interruptible() as interrupted:
+            if resumed is not None:
+                console.log(f"resumed from {resumed.name}")
+            while self.step_index < end:
+                record = self.step()
+                record["peak_share"] = record["tokens_per_s"] * flops / peak
+                last = self.step_index == end or interrupted()
+                if self.held_out is not None and (self.step_index % self.config.eval_every == 0 or self.step_index == end):
+                    record |= {"heldout_bpb": self.bits_per_byte()}
+                for extra in on_eval:
+                    record |= extra(self)
+                log.write(record)
+                console.update(record)
+                if last or self.step_index % self.config.save_every == 0:
+                    self.save()
+                if interrupted():
+                    console.log(f"stopped at step {self.step_index}; the same command resumes")
+                    raise KeyboardInterrupt
+
+    def save(self) -> Path:
+        state = {"step": self.step_index, "tokens": self.tokens, "loader": self.loader.state_dict(), "identity": self.identity}
+        return save_training(
+            self.folder, self.model, self.optimizer, self.tokenizer, state, keep_last=self.config.keep_last
+        )
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it was made with another tokenizer, model or training config; the message lists what differs.
+        """
+        state = read_state(checkpoint)
+        changed = differences(state["identity"], _jsonable(self.identity))
+        if changed:
+            raise ValueError(
+                f"{checkpoint} was started differently and cannot be resumed; change back, or train into a new folder: "
+                + "; ".join(changed)
+            )
+        self.loader.load_state_dict(state["loader"])
+        load_training(checkpoint, self.model, self.optimizer)
+        self.step_index, self.tokens = state["step"], state["tokens"]
+        refresh_copy(self.twin, self.model)
+
+    @torch.no_grad()
+    def bits_per_byte(self) -> float:
+        """Held-out cross entropy in bits per UTF-8 byte of text: comparable across tokenizers."""
+        assert self.held_out is not None
+        nats, count = 0.0, 0
+        for batch in self.held_out.batches:
+            length = batch.tokens.shape[1]
+            logits = self.twin(batch.tokens.to(self.device)).float()
+            targets = batch.targets[:, :length]
+            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(self.device), reduction="sum").item()
+            count += count_bytes(targets, self.held_out.byte_lengths)
+        return nats / math.log(2) / count
+
+
+def _jsonable(value: Any) -> Any:
+    """As it comes back from JSON: tuples are lists."""
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def _interruptible():
+    """Turn the first Ctrl-C into a flag that is read between steps; the second interrupts at once."""
+    import signal
+    import threading
+
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(signum: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
