@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +45,6 @@ class Piece(NamedTuple):
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
     duplicate: bool = False  # an MTP layer's copy of the embedding or the head
-
-
-class TensorSpec(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' spelling: F32, BF16, F16, F8_E4M3
 
 
 class Stored(NamedTuple):
@@ -95,23 +89,19 @@ def layout(config: ModelConfig) -> Iterator[Piece]:
                 yield Piece(f"{stem}.up_proj.weight", name, (expert, slice(width, 2 * width)), half)
 
 
-def disk_tensors(config: ModelConfig, storage: str = "BF16") -> Iterator[TensorSpec]:
-    """Every tensor of the checkpoint as published, stored as F32, BF16, F16 or F8_E4M3 (which adds the scales).
+def disk_tensors(config: ModelConfig, fp8: bool, dtype: str = "BF16") -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of every tensor of the checkpoint in the published layout.
 
-    Raises:
-        ValueError: storage is another dtype.
+    Args:
+        fp8: as released: Linears in F8_E4M3, each with its scales; the rest in `dtype`.
+        dtype: safetensors' spelling: BF16, F32 or F16. Router biases and scales are F32 always.
     """
-    if storage not in ITEM_BYTES:
-        raise ValueError(
-            f"storage {storage!r} is not a dtype of this checkpoint: choose one of {', '.join(ITEM_BYTES)}"
-        )
-    wide = "BF16" if storage == "F8_E4M3" else storage
     for piece in layout(config):
-        if storage == "F8_E4M3" and is_fp8_weight(piece.disk):
-            yield TensorSpec(piece.disk, piece.shape, storage)
-            yield TensorSpec(piece.disk + "_scale_inv", scale_shape(piece.shape), "F32")
+        if fp8 and is_fp8_weight(piece.disk):
+            yield piece.disk, piece.shape, "F8_E4M3"
+            yield piece.disk + "_scale_inv", scale_shape(piece.shape), "F32"
         else:
-            yield TensorSpec(piece.disk, piece.shape, "F32" if is_router_bias(piece.disk) else wide)
+            yield piece.disk, piece.shape, "F32" if is_router_bias(piece.disk) else dtype
 
 
 def is_fp8_weight(name: str) -> bool:
@@ -188,22 +178,6 @@ def _mlp_shapes(stem: str, dim: int, width: int) -> Iterator[tuple[str, tuple[in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """Exact parameter counts; the router biases are counted, as in the checkpoint. V3's value behind each."""
-
-    parts: Mapping[str, int]  # main model by kind of module; sums to total
-    total: int  # main model with embedding and head: 671,026,419,200
-    active: int  # of it, used by one token: 37,552,297,472
-    active_without_embedding: int  # what costs FLOPs: 36,625,618,432
-    active_without_embedding_and_head: int  # 35,698,939,392
-    mtp: int  # all MTP layers, weights of their own: 11,610,068,224
-    mtp_stored: int  # with the duplicates of embedding and head on disk: 13,463,426,304
-    mtp_active: int  # used by one token, of their own: 688,100,608
-    mtp_active_with_shared: int  # with the shared embedding and head, once a layer: 2,541,458,688
-    in_memory: int  # total + mtp, what a model object holds
-
-
-@dataclass(frozen=True, kw_only=True)
 class Storage:
     """What lies on disk: numbers of tensors, and of elements and bytes by dtype (scales and duplicates included)."""
 
@@ -220,13 +194,36 @@ class Storage:
         return sum(self.bytes.values())
 
 
-def count_parameters(config: ModelConfig) -> Parameters:
+@dataclass(frozen=True, kw_only=True)
+class Census:
+    """Exact integers of a config; the router biases are counted as parameters. V3's value behind each."""
+
+    parts: Mapping[str, int]  # main model by kind of module; sums to total
+    total: int  # main model with embedding and head: 671,026,419,200
+    active: int  # of it, used by one token: 37,552,297,472
+    active_without_embedding: int  # what costs FLOPs: 36,625,618,432
+    active_without_embedding_and_head: int  # 35,698,939,392
+    mtp: int  # all MTP layers, weights of their own: 11,610,068,224
+    mtp_stored: int  # with the duplicates of embedding and head on disk: 13,463,426,304
+    mtp_active: int  # used by one token, of their own: 688,100,608
+    mtp_active_with_shared: int  # with the shared embedding and head, once a layer: 2,541,458,688
+    in_memory: int  # total + mtp, what a model object holds: 682,636,487,424
+    checkpoint_elements: int  # on disk without scales: 684,489,845,504
+    scale_elements: int  # of an FP8 checkpoint: 41,540,496
+    fp8: Storage  # as released: 688,574,839,360 bytes in 91,991 tensors
+    bf16: Storage
+    cache_bytes_per_token: int  # bfloat16 latent cache, main layers: 70,272
+    cache_bytes_per_token_with_mtp: int  # 71,424
+
+
+def census(config: ModelConfig) -> Census:
+    """Count everything that the config alone decides (a second at most for V3)."""
     parts: dict[str, int] = {}
     active = mtp = mtp_active = 0
     for name, shape in memory_shapes(config):
         size = math.prod(shape)
-        used = size // config.n_routed_experts * config.num_experts_per_tok if ".mlp.experts." in name else size
-        if (layer_of(name) or 0) >= config.num_hidden_layers:
+        used = _used(config, name, size)
+        if _is_mtp(config, name):
             mtp, mtp_active = mtp + size, mtp_active + used
         else:
             part = _part(name)
@@ -234,7 +231,9 @@ def count_parameters(config: ModelConfig) -> Parameters:
             active += used
     total, table = sum(parts.values()), config.vocab_size * config.hidden_size
     shared = 2 * table * config.num_nextn_predict_layers
-    return Parameters(
+    fp8, bf16 = _tally(disk_tensors(config, True)), _tally(disk_tensors(config, False))
+    latent = 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return Census(
         parts=parts,
         total=total,
         active=active,
@@ -245,39 +244,43 @@ def count_parameters(config: ModelConfig) -> Parameters:
         mtp_active=mtp_active,
         mtp_active_with_shared=mtp_active + shared,
         in_memory=total + mtp,
+        checkpoint_elements=bf16.total_elements,
+        scale_elements=fp8.total_elements - bf16.total_elements,
+        fp8=fp8,
+        bf16=bf16,
+        cache_bytes_per_token=latent * config.num_hidden_layers,
+        cache_bytes_per_token_with_mtp=latent * config.num_layers_with_mtp,
     )
 
 
-def count_storage(config: ModelConfig, storage: str = "BF16") -> Storage:
-    """What the checkpoint holds when stored as F32, BF16, F16 or F8_E4M3 (published: 688,574,839,360 B)."""
-    return _tally((dtype, shape) for _, shape, dtype in disk_tensors(config, storage))
-
-
-def cache_bytes_per_token(config: ModelConfig, *, mtp: bool = False) -> int:
-    """Bytes a token needs of the bfloat16 latent cache: kv_lora_rank + qk_rope_head_dim values a layer (V3: 70,272)."""
-    layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-
-
-def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True, mtp: bool = False) -> int:
-    """FLOPs to train on one token, forward and backward, at `sequence` tokens a row; no recomputation counted.
+def training_flops_per_token(config: ModelConfig, seq_len: int, causal: bool, mtp: bool = False) -> float:
+    """FLOPs to train on one token, forward and backward, at `seq_len` tokens a row; no recomputation counted.
 
     With causal, attention counts half (each token sees half the row on average). With mtp, the MTP layers and the
     shared head they run count too; published figures (250.5 and 281.2 GFLOP at 4,096) are without.
     """
-    count = count_parameters(config)
-    matmul, layers = count.active_without_embedding, config.num_hidden_layers
+    used = [(name, _used(config, name, math.prod(shape))) for name, shape in memory_shapes(config)]
+    table, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
+    matmul = sum(size for name, size in used if not _is_mtp(config, name)) - table
     if mtp:
-        head = config.vocab_size * config.hidden_size
-        matmul += count.mtp_active + head * config.num_nextn_predict_layers
+        matmul += sum(size for name, size in used if _is_mtp(config, name)) + table * config.num_nextn_predict_layers
         layers = config.num_layers_with_mtp
-    attention = 2 * config.num_attention_heads * sequence * (config.qk_head_dim + config.v_head_dim)
-    return 6 * matmul + 3 * layers * attention // (2 if causal else 1)
+    attention = 2 * config.num_attention_heads * seq_len * (config.qk_head_dim + config.v_head_dim)
+    return 6.0 * matmul + 3.0 * layers * attention / (2 if causal else 1)
 
 
-def _tally(tensors: Iterator[tuple[str, tuple[int, ...]]]) -> Storage:
+def _used(config: ModelConfig, name: str, size: int) -> int:
+    """Of a tensor's `size` elements, how many one token uses."""
+    return size // config.n_routed_experts * config.num_experts_per_tok if ".mlp.experts." in name else size
+
+
+def _is_mtp(config: ModelConfig, name: str) -> bool:
+    return (layer_of(name) or 0) >= config.num_hidden_layers
+
+
+def _tally(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> Storage:
     number, elements = 0, dict[str, int]()
-    for dtype, shape in tensors:
+    for _, shape, dtype in tensors:
         number += 1
         elements[dtype] = elements.get(dtype, 0) + math.prod(shape)
     return Storage(
@@ -394,11 +397,11 @@ def _read_header(path: Path) -> dict[str, Stored]:
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, Stored]:
     try:
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
-            raise ValueError("negative or not integers")
+        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+            raise ValueError("not a name, or negative, or no integers")
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: {name} is described as {entry!r}, not dtype, shape, data_offsets: damaged") from None
-    if dtype not in _ALL_ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ALL_ITEM_BYTES:
         raise ValueError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_ALL_ITEM_BYTES)}")
     if stop - begin != (need := math.prod(shape) * _ALL_ITEM_BYTES[dtype]):
         raise ValueError(f"{path}: {name} is {dtype} {list(shape)} = {need} bytes, but holds {stop - begin}: damaged")
@@ -414,22 +417,25 @@ class Inspection:
 
     path: str
     source: str  # "headers": storage counted from the files; "config": computed
-    rows: tuple[tuple[str, str, int | float | str | None], ...]  # (section, name, value), for a table
-    parameters: Parameters
-    storage: Storage
-    cache_bytes_per_token: int  # bfloat16, main layers
-    cache_bytes_per_token_with_mtp: int
+    config: ModelConfig
+    census: Census
+    tensors: int
+    elements_by_dtype: Mapping[str, int]
+    bytes_by_dtype: Mapping[str, int]
     unknown_fields: tuple[str, ...]  # of config.json
     missing: tuple[str, ...]  # tensors that the config demands and the files lack; () without files
     unexpected: tuple[str, ...]  # tensors that the config knows nothing of
     mismatched: tuple[str, ...]  # "name: shape in the file, shape by the config"
 
-    def to_json(self) -> str:
-        """One JSON object, integers exact."""
-        content = dataclasses.asdict(self)
-        content["rows"] = [list(row) for row in self.rows]
-        content["storage"] |= {"total_elements": self.storage.total_elements, "total_bytes": self.storage.total_bytes}
-        return json.dumps(content, indent=2)
+    def rows(self) -> list[tuple[str, str, int | float | str | None]]:
+        """(section, name, value) for a table, in order; integers exact."""
+        return [(section, name, value) for section, part in _table(self).items() for name, value in part.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as nested plain values for json.dump; integers exact."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content |= {"config": self.config.to_hf(), "census": dataclasses.asdict(self.census)}
+        return content | {"bytes": sum(self.bytes_by_dtype.values())}
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -442,25 +448,20 @@ def inspect(path: str | Path) -> Inspection:
     path = Path(path)
     config = ModelConfig.from_hf(path)
     headers = read_headers(path) if path.is_dir() else {}
-    expected = {spec.name: spec.shape for spec in disk_tensors(config, _storage_of(config, headers))} if headers else {}
-    # Any weight may be FP8 or not in a real file; its scale is expected exactly where it is.
-    for name in [name for name in expected if name.endswith("_scale_inv")]:
-        weight = headers.get(name.removesuffix("_scale_inv"))
-        if weight is not None and weight.dtype != "F8_E4M3":
-            del expected[name]
+    count = census(config)
     if headers:
-        storage = _tally((stored.dtype, stored.shape) for stored in headers.values())
+        expected = _expected(config, headers)
+        storage = _tally((name, stored.shape, stored.dtype) for name, stored in headers.items())
     else:
-        storage = count_storage(config, _storage_of(config, headers))
-    parameters = count_parameters(config)
+        expected, storage = {}, _storage_of_config(config, count)
     return Inspection(
         path=str(path),
         source="headers" if headers else "config",
-        rows=tuple(_rows(config, parameters, storage)),
-        parameters=parameters,
-        storage=storage,
-        cache_bytes_per_token=cache_bytes_per_token(config),
-        cache_bytes_per_token_with_mtp=cache_bytes_per_token(config, mtp=True),
+        config=config,
+        census=count,
+        tensors=storage.tensors,
+        elements_by_dtype=storage.elements,
+        bytes_by_dtype=storage.bytes,
         unknown_fields=config.unknown_fields,
         missing=tuple(name for name in expected if name not in headers),
         unexpected=tuple(name for name in headers if name not in expected),
@@ -472,21 +473,31 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
-def _storage_of(config: ModelConfig, headers: Mapping[str, Stored]) -> str:
-    if headers:
-        return "F8_E4M3" if any(stored.dtype == "F8_E4M3" for stored in headers.values()) else "BF16"
+def _expected(config: ModelConfig, headers: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes the files should hold. The files say which weights are FP8; those need a scale."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for piece in layout(config):
+        expected[piece.disk] = piece.shape
+        stored, scale = headers.get(piece.disk), piece.disk + "_scale_inv"
+        if stored.dtype == "F8_E4M3" if stored else scale in headers:
+            expected[scale] = scale_shape(piece.shape)
+    return expected
+
+
+def _storage_of_config(config: ModelConfig, count: Census) -> Storage:
+    """What the files of a config.json will hold, by the quantisation and dtype it names."""
     if (config.extra.get("quantization_config") or {}).get("quant_method") == "fp8":
-        return "F8_E4M3"
-    return {"float32": "F32", "float16": "F16"}.get(str(config.extra.get("torch_dtype")), "BF16")
+        return count.fp8
+    dtype = {"float32": "F32", "float16": "F16"}.get(str(config.extra.get("torch_dtype")), "BF16")
+    return count.bf16 if dtype == "BF16" else _tally(disk_tensors(config, False, dtype))
 
 
-def _rows(
-    config: ModelConfig, count: Parameters, storage: Storage
-) -> Iterator[tuple[str, str, int | float | str | None]]:
+def _table(found: Inspection) -> dict[str, dict[str, int | float | str | None]]:
+    config, count = found.config, found.census
     dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     groups = f"{config.topk_group} of {config.n_group} groups"
     rope = config.rope_scaling
-    table: dict[str, dict[str, int | float | str | None]] = {
+    return {
         "layers": {
             "dense": dense,
             "with experts": config.num_hidden_layers - dense,
@@ -520,16 +531,24 @@ def _rows(
             "MTP": count.mtp,
             "MTP active a token": count.mtp_active,
         },
-        "on disk": {
-            "tensors": storage.tensors,
-            **{f"bytes {dtype}": size for dtype, size in storage.bytes.items()},
-            "bytes": storage.total_bytes,
+        "on disk" if found.source == "headers" else "on disk (computed)": {
+            "tensors": found.tensors,
+            **{f"bytes {dtype}": size for dtype, size in found.bytes_by_dtype.items()},
+            "bytes": sum(found.bytes_by_dtype.values()),
         },
         "cache, bytes a token (bfloat16)": {
-            "main layers": cache_bytes_per_token(config),
-            "with MTP": cache_bytes_per_token(config, mtp=True),
+            "main layers": count.cache_bytes_per_token,
+            "with MTP": count.cache_bytes_per_token_with_mtp,
+        },
+        "training": {"FLOPs a token at 4,096, causal": int(training_flops_per_token(config, 4096, causal=True))},
+        "to note": {
+            name: f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            for name, names in (
+                ("config fields not used", found.unknown_fields),
+                ("tensors missing", found.missing),
+                ("tensors unexpected", found.unexpected),
+                ("tensors of another shape", found.mismatched),
+            )
+            if names
         },
     }
-    for section, rows in table.items():
-        for name, value in rows.items():
-            yield section, name, value

@@ -88,7 +88,7 @@ class ModelConfig:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: RoPE turns pairs; give an even number")
         if self.tie_word_embeddings:
             raise ValueError(
-                "tie_word_embeddings true is not part of this architecture: the head has its own weight; set it to false"
+                "tie_word_embeddings true is not part of this architecture: the head has a weight of its own; set false"
             )
 
     @property
@@ -138,7 +138,7 @@ class ModelConfig:
                 f"groups ({experts} experts in {groups} groups): raise topk_group or lower num_experts_per_tok"
             )
 
-    # -- derived ----------------------------------------------------------------------------------------------------------
+    # -- derived ------------------------------------------------------------------------------------------------------
 
     @property
     def qk_head_dim(self) -> int:
@@ -171,7 +171,7 @@ class ModelConfig:
         """Whether decoder layer `layer` (MTP layers included) routes to experts."""
         return layer >= min(self.first_k_dense_replace, self.num_hidden_layers)
 
-    # -- Hugging Face -----------------------------------------------------------------------------------------------------
+    # -- Hugging Face -------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
@@ -256,7 +256,7 @@ def _fields_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     heads = raw.get("num_attention_heads", ModelConfig.num_attention_heads)
     if raw.get("num_key_value_heads") not in (None, heads):
         raise ValueError(
-            f"num_key_value_heads {raw['num_key_value_heads']} differs from num_attention_heads {heads}: MLA has one a head"
+            f"num_key_value_heads {raw['num_key_value_heads']} is not num_attention_heads {heads}: MLA has one each"
         )
     rope = _rope_fields(raw)
     for alias, name in _ALIASES.items():
@@ -287,7 +287,7 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
         bad = {k: v for k, v in given.items() if isinstance(v, bool) or not isinstance(v, (int, float))}
         if bad or not {"factor", "original_max_position_embeddings"} <= set(given):
             raise ValueError(
-                f"rope_scaling is {parameters}: yarn needs numbers, factor and original_max_position_embeddings"
+                f"rope_scaling is {parameters}: yarn needs numbers: factor, original_max_position_embeddings"
             )
         out["rope_scaling"] = YarnConfig(**given)
     elif kind != "default":

@@ -7,7 +7,7 @@ A dsv3 checkpoint is config.json, generation_config.json, model.safetensors or s
 checksums.json (the sha256 of every weight file). Loading also takes the official FP8 files and what transformers 5
 saves. It is strict: every tensor of the files is used, every tensor of the model is filled. FP8 weights become
 
-    w[i, j] = round( float32(w_fp8[i, j]) · scale_inv[i // 128, j // 128] )          one rounding, to the asked dtype
+    w[i, j] = bfloat16( float32(w_fp8[i, j]) · scale_inv[i // 128, j // 128] )
 
 On disk nothing is ever half there. A save writes `.NAME.saving` beside the target, syncs every file, then renames.
 Replacing a checkpoint (overwrite) renames the old one to `.NAME.old`, the new one into place, and deletes the old. A
@@ -23,12 +23,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -53,22 +52,19 @@ from dsv3.model.census import (
     scale_shape,
 )
 from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import DeepseekV3
 
 CHECKSUMS_FILE = "checksums.json"
 DEFAULT_SHARD_BYTES = 5 * 2**30
-VERIFY_BELOW_BYTES = 2 * 2**30  # smaller checkpoints are hashed by default when loaded: it takes seconds
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _GENERATION_FILE = "generation_config.json"
-_OWN_FILES = {"config.json", _GENERATION_FILE, CHECKSUMS_FILE, INDEX_FILE, SINGLE_FILE}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-class _Model(Protocol):
-    config: ModelConfig
-
-    def state_dict(self) -> dict[str, Any]: ...
+class _Savable(Protocol):
+    def save(self, folder: Path) -> object: ...
 
 
 # -- save --------------------------------------------------------------------------------------------------------------
@@ -81,8 +77,8 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
+    tokenizer: _Savable | None = None,
 ) -> None:
     """Write a model's state dict as a Hugging Face checkpoint; the folder appears whole or not at all.
 
@@ -90,8 +86,8 @@ def save_checkpoint(
         state: `model.state_dict()`: stacked experts, no MTP duplicates; any device. Needs about a shard of memory more.
         dtype: store as float32, bfloat16 or float16; None keeps each tensor's. Router biases are always float32.
         shard_bytes: most bytes a file holds (one larger tensor gets its own file); a single file when all fit.
-        extra_files: further files of the folder by name, such as tokenizer.json.
-        overwrite: replace the checkpoint that is there, with everything in its folder.
+        overwrite: replace the checkpoint that is there, with everything in its folder. An empty folder needs no leave.
+        tokenizer: anything with `.save(folder)`; its files are part of what appears at once.
 
     Raises:
         ValueError: state does not fit config, the folder exists (and overwrite is off, or it is no checkpoint), a dtype
@@ -99,23 +95,25 @@ def save_checkpoint(
         OSError: the disk is full (ENOSPC); says bytes needed and free. Nothing is left behind, the old one is intact.
     """
     target = Path(folder).resolve()
-    extra_files = dict(extra_files or {})
-    _check_extra_files(extra_files)
     shards = _plan_shards(state, config, dtype, shard_bytes)
     _restore_interrupted(target)
     _check_target(target, overwrite)
     temp, old = _siblings(target)
     for leftover in (temp, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    needed = sum(map(len, extra_files.values())) + sum(size for shard in shards for _, size in shard)
+    needed = sum(size for shard in shards for _, size in shard)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed > shutil.disk_usage(target.parent).free:
             raise OSError(errno.ENOSPC, "too little space")
         temp.mkdir()
         _write_weights(state, shards, temp, dtype)
-        for name, content in {**_config_files(state, config, dtype), **extra_files}.items():
+        for name, content in _config_files(state, config, dtype).items():
             _write_synced(temp / name, content)
+        if tokenizer is not None:
+            tokenizer.save(temp)
+            for path in temp.iterdir():
+                _sync(path)
         _sync(temp)
         _swap(temp, target, old)
     except BaseException as error:
@@ -125,24 +123,22 @@ def save_checkpoint(
         raise
 
 
+def save_model(
+    model: DeepseekV3, folder: str | Path, tokenizer: _Savable | None = None, overwrite: bool = False
+) -> None:
+    """`save_checkpoint` of a model in its own dtypes, with its tokenizer's files; same errors."""
+    save_checkpoint(model.state_dict(), model.config, folder, tokenizer=tokenizer, overwrite=overwrite)
+
+
 def _plan_shards(
     state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype | None, shard_bytes: int
 ) -> list[list[tuple[Piece, int]]]:
     """The pieces of each file with their bytes, after checking that state is the model that config describes."""
-    expected = dict(memory_shapes(config))
-    _check_names("the state dict", set(state), set(expected), "it belongs to another config")
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
+    _check_state("the state dict", state, config)
+    for name, tensor in state.items():
+        if _stored_dtype(name, tensor, dtype) not in _DTYPES.values():
             raise ValueError(
-                f"{name} is {list(state[name].shape)}, the config says {list(shape)}: it belongs to another config"
-            )
-        if _stored_dtype(name, state[name], dtype) not in _DTYPES.values():
-            raise ValueError(
-                f"{name} would be stored as {dtype or state[name].dtype}: give dtype as one of {list(_DTYPES.values())}"
-            )
-        if state[name].is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no values: load or initialise the model before saving it"
+                f"{name} would be stored as {dtype or tensor.dtype}: give dtype as one of {list(_DTYPES.values())}"
             )
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}: give a positive number of bytes")
@@ -193,14 +189,6 @@ def _config_files(state: Mapping[str, Tensor], config: ModelConfig, dtype: torch
         key: content[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(key) is not None
     }
     return {"config.json": _json(content), _GENERATION_FILE: _json(tokens)}
-
-
-def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
-    for name in extra_files:
-        if name in _OWN_FILES or name.endswith(".safetensors") or Path(name).name != name:
-            raise ValueError(
-                f"extra file {name!r} is a path or a name that the checkpoint itself uses: choose a plain other name"
-            )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -262,7 +250,8 @@ def _sync(path: Path) -> None:
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, SafetensorError) and ("os error 28" in str(error) or "No space left" in str(error))
+    # What is written in Rust (safetensors, tokenizers) raises its own exceptions, with the number in the text.
+    return isinstance(error, Exception) and f"os error {errno.ENOSPC}" in str(error)
 
 
 def _raise_disk_full(target: Path, needed: int) -> NoReturn:
@@ -286,106 +275,97 @@ def _json(content: Mapping[str, Any]) -> bytes:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: str | Path, *, mtp: bool = True) -> ModelConfig:
-    """The config of a checkpoint folder; with mtp False, as of a model without the MTP layers."""
+def config_of(folder: str | Path, mtp: bool = True) -> ModelConfig:
+    """The config of a checkpoint folder; with mtp False, as of the model without its MTP layers.
+
+    Raises:
+        ValueError: no config.json there, or one outside the architecture.
+    """
     folder = Path(folder).resolve()
     _restore_interrupted(folder)
     config = ModelConfig.from_hf(folder)
     return config if mtp else dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def load_checkpoint(
+def load_model(
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = "bfloat16",
     device: torch.device | str = "cpu",
     mtp: bool = True,
-    verify: bool | None = None,
+    verify: bool = True,
     progress: Progress | None = None,
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and the whole state dict of a checkpoint. Arguments and errors are those of `read_state`."""
-    config = read_config(folder, mtp=mtp)
-    options = {"dtype": dtype, "device": device, "mtp": mtp, "verify": verify, "progress": progress}
-    return config, dict(read_state(folder, config, **options))
-
-
-def read_state(
-    folder: str | Path,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    mtp: bool = True,
-    verify: bool | None = None,
-    progress: Progress | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Stream (name in memory, tensor) of a checkpoint, experts stacked, one tensor in memory at a time.
+) -> DeepseekV3:
+    """Any DeepseekV3 checkpoint as a model, FP8 or not, in evaluation mode; no second copy of the weights is ever held.
 
     Args:
-        config: of the model to fill; usually `read_config(folder, mtp=mtp)`.
-        dtype: of the tensors; None keeps the stored one, bfloat16 for FP8. Router biases are always float32.
-        mtp: False leaves the file's MTP layers aside; config must then have none.
-        verify: compare every weight file with checksums.json; None does so if that file is there and the weights are
-            below 2 GiB. Sizes and headers are always checked.
-        progress: called with (bytes done, bytes in all) after each tensor of the files.
+        dtype: of the parameters: float32, bfloat16 or float16, or its name. Router biases are float32 regardless.
+        mtp: False builds and loads the main model alone.
+        verify, progress: as of `load_into`.
 
     Raises:
-        ValueError: damaged or missing files; tensors missing, unexpected or of another shape than config says; FP8
-            weights without scale; MTP layers lacking or present against config; duplicates that differ.
+        ValueError: dtype is none of these, or what `load_into` finds.
     """
-    folder = Path(folder).resolve()
-    headers, pieces = _plan_load(folder, config, mtp, verify)
-    shapes = dict(memory_shapes(config))
-    tick = _Ticker(pieces, headers, progress)
-    with _Source(folder, headers) as source:
-        for name, group in itertools.groupby(_check_duplicates(pieces, source), key=lambda piece: piece.memory):
-            parts = list(group)
-            kind = torch.float32 if is_router_bias(name) else dtype or _common_dtype(parts, headers)
-            if parts[0].index == ():
-                # A copy: what safetensors hands out is the file itself, mapped.
-                tensor = source.read(parts[0].disk, kind).to(device, copy=True)
-                tick(parts[0])
-            else:
-                tensor = torch.empty(shapes[name], dtype=kind, device=device)
-                for part in parts:
-                    tensor[part.index] = source.read(part.disk, kind).to(device)
-                    tick(part)
-            yield name, tensor
+    kinds = {str(kind).removeprefix("torch."): kind for kind in _DTYPES.values()}
+    kind = kinds.get(str(dtype).removeprefix("torch."))
+    if kind is None:
+        raise ValueError(f"dtype is {dtype}: give one of {', '.join(kinds)}")
+    config = config_of(folder, mtp=mtp)
+    with torch.device("meta"):
+        model = DeepseekV3(config).to(kind)
+    model = model.to_empty(device=device)
+    load_into(model.state_dict(), config, folder, verify=verify, progress=progress)
+    return model.eval()
 
 
 def load_into(
-    model: _Model, folder: str | Path, *, mtp: bool = True, verify: bool | None = None, progress: Progress | None = None
+    model_state: Mapping[str, Tensor],
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
 ) -> None:
-    """Fill a model, in its own dtypes and on its device, from a checkpoint; one tensor of the file is held beside it.
+    """Fill the tensors of a state dict in place, each in its own dtype and on its device; one tensor of a file is held.
 
-    The shapes must agree, not the whole configs: a model with another context extension may take the weights. Other
-    arguments are those of `read_state`.
+    Strict both ways: every tensor of the files is used, every tensor of model_state is filled. One exception: where
+    config.json declares MTP layers and config has none (`config_of(folder, mtp=False)`), the files' are left aside.
+    Nothing is written before headers, names, shapes and checksums are right.
+
+    Args:
+        model_state: `model.state_dict()`: stacked experts, no MTP duplicates.
+        config: of that model. Shapes must agree, not all fields: another context extension may take the weights.
+        verify: compare the weight files that checksums.json lists, if there is one, with their sha256.
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
-        ValueError: as `read_state`, and if the model is on the meta device. What was filled by then stays filled.
+        ValueError: damaged or missing files; tensors missing, unexpected or of another shape than config says; FP8
+            weights without scale; MTP layers lacking or undeclared; MTP duplicates that differ from the original; a
+            model_state on the meta device or of another config.
     """
     folder = Path(folder).resolve()
     _restore_interrupted(folder)
-    headers, pieces = _plan_load(folder, model.config, mtp, verify)
-    state = model.state_dict()
-    _check_names("the model", set(state), {piece.memory for piece in pieces}, "it was changed after it was built")
-    tick = _Ticker(pieces, headers, progress)
+    _check_state("the model's state", model_state, config)
+    headers, pieces = _plan_load(folder, config, verify)
+    sizes = {piece.disk: math.prod(piece.shape) * ITEM_BYTES[headers[piece.disk].dtype] for piece in pieces}
+    done, total = 0, sum(sizes.values())
     with _Source(folder, headers) as source, torch.no_grad():
-        for piece in _check_duplicates(pieces, source):
-            target = state[piece.memory]
-            if target.is_meta:
-                raise ValueError(
-                    f"{piece.memory} is on the meta device: call model.to_empty(device=...) before loading"
-                )
-            target[piece.index].copy_(source.read(piece.disk, target.dtype))
-            tick(piece)
+        for piece in pieces:
+            target = model_state[piece.memory]
+            if piece.duplicate:
+                _check_duplicate(piece, source)
+            else:
+                target[piece.index].copy_(source.read(piece.disk, target.dtype))
+            done += sizes[piece.disk]
+            if progress is not None:
+                progress(done, total)
 
 
-def dequantize(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight (R, C) float8_e4m3fn, scale_inv (ceil R/128, ceil C/128) float32 -> (R, C), rounded once."""
+def dequantize(weight: Tensor, scale_inv: Tensor) -> Tensor:
+    """weight (R, C) float8_e4m3fn, scale_inv (ceil R/128, ceil C/128) float32 -> (R, C) bfloat16, ragged blocks too."""
     rows, columns = weight.shape
     grid = scale_inv.repeat_interleave(BLOCK, dim=0)[:rows].repeat_interleave(BLOCK, dim=1)[:, :columns]
-    return weight.float().mul_(grid).to(dtype)
+    return weight.float().mul_(grid).bfloat16()
 
 
 class _Source:
@@ -406,7 +386,7 @@ class _Source:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         if self._headers[name].dtype == "F8_E4M3":
-            return dequantize(self.raw(name), self.raw(name + "_scale_inv"), dtype)
+            return dequantize(self.raw(name), self.raw(name + "_scale_inv")).to(dtype)
         return self.raw(name).to(dtype)
 
     def __enter__(self) -> _Source:
@@ -419,43 +399,25 @@ class _Source:
             file.__exit__(kind, error, trace)
 
 
-class _Ticker:
-    """Adds up the bytes of the file that are done, for the caller's progress bar."""
-
-    def __init__(self, pieces: Iterable[Piece], headers: Mapping[str, Stored], progress: Progress | None) -> None:
-        self._headers, self._progress, self._done = headers, progress, 0
-        self._total = sum(self._bytes(piece) for piece in pieces if not piece.duplicate)
-
-    def _bytes(self, piece: Piece) -> int:
-        return math.prod(piece.shape) * ITEM_BYTES[self._headers[piece.disk].dtype]
-
-    def __call__(self, piece: Piece) -> None:
-        self._done += self._bytes(piece)
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-def _plan_load(
-    folder: Path, config: ModelConfig, mtp: bool, verify: bool | None
-) -> tuple[dict[str, Stored], list[Piece]]:
+def _plan_load(folder: Path, config: ModelConfig, verify: bool) -> tuple[dict[str, Stored], list[Piece]]:
     """Headers and the pieces to read, once all that can be known without the data is known to be right."""
-    if not mtp and config.num_nextn_predict_layers:
-        raise ValueError(
-            f"mtp=False, but the config has num_nextn_predict_layers={config.num_nextn_predict_layers}: "
-            "build the model from read_config(folder, mtp=False)"
-        )
     headers = read_headers(folder) if folder.is_dir() else {}
     if not headers:
         raise ValueError(f"{folder} holds no safetensors weights: give a checkpoint folder")
-    _verify_checksums(folder, headers, verify)
-    if not mtp:
+    if verify:
+        _verify_checksums(folder, headers)
+    if not config.num_nextn_predict_layers and ModelConfig.from_hf(folder).num_nextn_predict_layers:
         headers = {name: stored for name, stored in headers.items() if (layer_of(name) or 0) < config.num_hidden_layers}
     _check_mtp(folder, headers, config)
+    _check_scales(folder, headers, config)
     pieces = list(layout(config))
     weights = {piece.disk for piece in pieces}
     scaled = {name + "_scale_inv": name for name in weights if name in headers and headers[name].dtype == "F8_E4M3"}
     _check_names(
-        str(folder), set(headers), weights | set(scaled), "the files do not fit config.json, or an FP8 scale is lost"
+        str(folder),
+        set(headers),
+        weights | set(scaled),
+        "the files belong to another config; fetch both from one place",
     )
     for piece in pieces:
         stored = headers[piece.disk]
@@ -464,18 +426,29 @@ def _plan_load(
             raise ValueError(
                 f"{folder / stored.file}: {piece.disk} has dtype {stored.dtype}: known are {[*_DTYPES, 'F8_E4M3']}"
             )
-    for scale, weight in scaled.items():
-        _check_shape(folder, scale, headers[scale], scale_shape(headers[weight].shape))
-        if headers[scale].dtype != "F32":
-            raise ValueError(
-                f"{folder / headers[scale].file}: {scale} has dtype {headers[scale].dtype}, not F32: another recipe"
-            )
+    return headers, pieces
+
+
+def _check_scales(folder: Path, headers: Mapping[str, Stored], config: ModelConfig) -> None:
+    fp8 = [name for name, stored in headers.items() if stored.dtype == "F8_E4M3"]
     block = (config.extra.get("quantization_config") or {}).get("weight_block_size", [BLOCK, BLOCK])
-    if scaled and block != [BLOCK, BLOCK]:
+    if fp8 and block != [BLOCK, BLOCK]:
         raise ValueError(
             f"weight_block_size is {block}, dsv3 reads [{BLOCK}, {BLOCK}]: convert the checkpoint to bfloat16 first"
         )
-    return headers, pieces
+    for name in fp8:
+        scale = headers.get(name + "_scale_inv")
+        if scale is None:
+            raise ValueError(
+                f"{folder / headers[name].file}: {name} is F8_E4M3 but {name}_scale_inv is in no file: "
+                "without its scale it means nothing; fetch the checkpoint again"
+            )
+        _check_shape(folder, name + "_scale_inv", scale, scale_shape(headers[name].shape))
+        if scale.dtype != "F32":
+            raise ValueError(
+                f"{folder / scale.file}: {name}_scale_inv has dtype {scale.dtype}, not F32: another FP8 recipe; "
+                "convert the checkpoint to bfloat16 first"
+            )
 
 
 def _check_mtp(folder: Path, headers: Mapping[str, Stored], config: ModelConfig) -> None:
@@ -489,21 +462,34 @@ def _check_mtp(folder: Path, headers: Mapping[str, Stored], config: ModelConfig)
     if found > said:
         raise ValueError(
             f"{folder} holds {found} layers behind the {main} main ones, config.json says "
-            f"num_nextn_predict_layers={said}: set it to {found} to use them, or pass mtp=False to leave them aside"
+            f"num_nextn_predict_layers={said}: set it to {found} there, "
+            "then mtp=True uses them and mtp=False leaves them aside"
         )
 
 
-def _check_duplicates(pieces: Iterable[Piece], source: _Source) -> Iterator[Piece]:
-    """Pass on the weights proper; an MTP layer's own embedding and head must equal the main model's bit for bit."""
-    for piece in pieces:
-        if not piece.duplicate:
-            yield piece
-            continue
-        copy, main = source.raw(piece.disk), source.raw(piece.memory)
-        if copy.dtype != main.dtype or not torch.equal(copy.view(torch.uint8), main.view(torch.uint8)):
+def _check_duplicate(piece: Piece, source: _Source) -> None:
+    """An MTP layer's own embedding and head must equal the main model's bit for bit, or it was trained to differ."""
+    copy, main = source.raw(piece.disk), source.raw(piece.memory)
+    if copy.dtype != main.dtype or not torch.equal(copy.view(torch.uint8), main.view(torch.uint8)):
+        raise ValueError(
+            f"{piece.disk} differs from {piece.memory}, of which it must be a copy: MTP layers share embedding "
+            "and head; pass mtp=False to leave the MTP layers aside"
+        )
+
+
+def _check_state(where: str, state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """State is that of the model which config describes, and holds values."""
+    expected = dict(memory_shapes(config))
+    _check_names(where, set(state), set(expected), "it belongs to another config")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
             raise ValueError(
-                f"{piece.disk} differs from {piece.memory}, of which it must be a copy: MTP layers share embedding and "
-                "head; pass mtp=False to leave the MTP layers aside"
+                f"{where}: {name} is {list(state[name].shape)}, the config says {list(shape)}: "
+                "it belongs to another config"
+            )
+        if state[name].is_meta:
+            raise ValueError(
+                f"{where}: {name} is on the meta device and has no values: call to_empty(device=...) first"
             )
 
 
@@ -526,29 +512,17 @@ def _check_shape(folder: Path, name: str, stored: Stored, shape: tuple[int, ...]
         )
 
 
-def _verify_checksums(folder: Path, headers: Mapping[str, Stored], verify: bool | None) -> None:
+def _verify_checksums(folder: Path, headers: Mapping[str, Stored]) -> None:
     path, files = folder / CHECKSUMS_FILE, sorted({stored.file for stored in headers.values()})
-    if verify is None:
-        verify = path.exists() and sum((folder / file).stat().st_size for file in files) < VERIFY_BELOW_BYTES
-    if not verify:
-        return
     if not path.exists():
-        raise ValueError(f"{folder} has no {CHECKSUMS_FILE} to verify against: pass verify=False")
+        return
     try:
         expected = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to load without verifying") from None
     for file in files:
-        if (actual := _sha256(folder / file)) != expected.get(file):
+        if file in expected and (actual := _sha256(folder / file)) != expected[file]:
             raise ValueError(
-                f"{folder / file} has sha256 {actual}, {CHECKSUMS_FILE} says {expected.get(file)}: it is damaged, "
-                f"copy it again; or if another program rewrote it on purpose, delete {CHECKSUMS_FILE}"
+                f"{folder / file} has sha256 {actual}, {CHECKSUMS_FILE} says {expected[file]}: it is damaged, copy it "
+                f"again (if another program rewrote it on purpose, delete {CHECKSUMS_FILE})"
             )
-
-
-def _common_dtype(parts: Iterable[Piece], headers: Mapping[str, Stored]) -> torch.dtype:
-    kinds = [_DTYPES.get(headers[part.disk].dtype, torch.bfloat16) for part in parts]
-    result = kinds[0]
-    for kind in kinds[1:]:
-        result = torch.promote_types(result, kind)
-    return result

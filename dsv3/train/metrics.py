@@ -30,7 +30,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import rich.console
 
-TIMING_FIELDS = frozenset({"tokens_per_s", "peak_share"})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_s", "peak_share"})
 """Fields of a record that depend on the machine's speed; all others repeat to the last bit."""
 
 
@@ -229,7 +229,7 @@ class Console:
         self._total, self._every_s = total_steps, every_s
         self._last_line = -math.inf
         self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=64)
-        self._live = self._rich.is_terminal
+        self._live = self._rich.is_interactive  # a terminal that can move its cursor
         self._bar = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.fields[line]}", markup=False),

@@ -1,10 +1,10 @@
 """report.html: a run on one page that opens anywhere, without network or script.
 
-Everything is inline: the style sheet, and charts as SVG by matplotlib whose colours are replaced by CSS variables, so the
-page follows the reader's light or dark mode. Text from outside (samples above all: a model wrote them) is escaped, its
-control characters are made visible, and a Content-Security-Policy forbids scripts and loads.
+Everything is inline: the style sheet, and charts as SVG by matplotlib whose colours are replaced by CSS variables, so
+the page follows the reader's light or dark mode. Text from outside (samples above all: a model wrote them) is escaped,
+its control characters are made visible, and a Content-Security-Policy forbids scripts and loads.
 
-Records are those of metrics.jsonl (`dsv3.train.metrics`); a chart appears when its fields do. Losses are in nats a token.
+Records are those of metrics.jsonl (`dsv3.train.metrics`); a chart appears when its fields do. Losses are nats a token.
 Legend: L MoE layers (MTP layers last), E experts. Does not: measure anything.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import re
 import statistics
@@ -32,6 +33,8 @@ _INK, _GRID = "#24292f", "#d5d9de"
 _SERIES = ("#2563eb", "#c2570c", "#0d8a66", "#b8326f", "#6d4bd1", "#7a6a10")
 _VARIABLES = {_INK: "--ink", _GRID: "--grid"} | {color: f"--s{i}" for i, color in enumerate(_SERIES)}
 
+# No script, no load; the style sheet and the picture inside a heat map are in the file.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
 :root{color-scheme:light dark;--ink:#24292f;--grid:#d5d9de;--page:#fff;--card:#f6f7f9;--quiet:#59636e;
 --s0:#2563eb;--s1:#c2570c;--s2:#0d8a66;--s3:#b8326f;--s4:#6d4bd1;--s5:#7a6a10}
@@ -41,7 +44,7 @@ _STYLE = """
 body{margin:0 auto;max-width:64rem;padding:1.5rem 1rem 4rem;background:var(--page);color:var(--ink);
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0 1rem}h2{font-size:1.25rem;margin:2.5rem 0 .8rem}
-h3{font-size:1rem;margin:0 0 .4rem}p{margin:.4rem 0;max-width:46rem}
+h3,summary{font-size:1rem;font-weight:600;margin:0 0 .4rem}p{margin:.4rem 0;max-width:46rem}
 .quiet,figcaption{color:var(--quiet);font-size:.875rem}
 .grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));align-items:start}
 .card,figure{margin:0;padding:1rem;background:var(--card);border-radius:.6rem;min-width:0}
@@ -93,7 +96,7 @@ def write_report(
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(filter(None, parts))
     )
     path = run_folder / "report.html"
@@ -129,7 +132,7 @@ def human(value: Any) -> str:
     return str(value)
 
 
-# -- parts of the page --------------------------------------------------------------------------------------------------
+# -- parts of the page ------------------------------------------------------------------------------------------------
 
 
 def _text(value: object) -> str:
@@ -165,7 +168,7 @@ def _tiles(records: Records) -> str:
     if "loss" in last:
         tiles["last loss"] = f"{last['loss']:.3f}"
     if bpb := [r["heldout_bpb"] for r in records if "heldout_bpb" in r]:
-        tiles["held-out"] = f"{bpb[-1]:.3f} bits/byte"
+        tiles["held-out bits/byte"] = f"{bpb[-1]:.3f}"
     if speeds := [r["tokens_per_s"] for r in records if "tokens_per_s" in r]:
         tiles["median speed"] = f"{statistics.median(speeds):,.0f} tok/s"
     if shares := [r["peak_share"] for r in records if "peak_share" in r]:
@@ -175,14 +178,9 @@ def _tiles(records: Records) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     cells = (
-        f'<tr><th scope="row">{_text(name)}</th><td{_number_class(value)}>{_text(human(value))}</td></tr>'
-        for name, value in rows.items()
+        f'<tr><th scope="row">{_text(k)}</th><td class="number">{_text(human(v))}</td></tr>' for k, v in rows.items()
     )
     return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
-
-
-def _number_class(value: Any) -> str:
-    return ' class="number"' if isinstance(value, int | float) else ""
 
 
 def _config(config: Mapping[str, Any]) -> str:
@@ -202,10 +200,10 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     return ('<p class="quiet">The prompt is bold; the model wrote the rest.</p>' if cards else "") + _grid(cards)
 
 
-# -- charts -------------------------------------------------------------------------------------------------------------
+# -- charts -----------------------------------------------------------------------------------------------------------
 
 
-def _figure(draw: Callable[[Axes], object], size: tuple[float, float] = (5.2, 3.0)) -> Figure:
+def _figure(draw: Callable[[Axes], object], size: tuple[float, float] = (4.6, 2.8)) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -216,7 +214,7 @@ def _figure(draw: Callable[[Axes], object], size: tuple[float, float] = (5.2, 3.
     axes.tick_params(colors=_INK, length=0)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     draw(axes)
     for label in (axes.xaxis.label, axes.yaxis.label):
@@ -250,25 +248,25 @@ def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
     return [s for s, _ in chosen], [v for _, v in chosen]
 
 
-def _thin(points: Sequence[Any], most: int = 800) -> Sequence[Any]:
+def _thin(points: Sequence[Any], most: int = 500) -> Sequence[Any]:
     """Every n-th point, the last kept: a page of a long run stays small."""
     return points[:: -math.ceil(len(points) / most)][::-1] if len(points) > most else points
 
 
-def _line(
-    axes: Axes, x: Sequence[float], y: Sequence[float], color: Any, label: str | None = None, **style: Any
-) -> None:
-    """One curve; a noisy long one faint, with its running mean over a fiftieth of its length."""
-    few = len(x) <= 30
-    width = len(x) // 50
-    if width >= 3:
-        total, mean = 0.0, []
-        for i, value in enumerate(y):
-            total += value - (y[i - width] if i >= width else 0.0)
-            mean.append(total / min(i + 1, width))
-        axes.plot(_thin(x), _thin(y), color=color, linewidth=0.7, alpha=0.35, **style)
-        y = mean
-    axes.plot(_thin(x), _thin(y), color=color, linewidth=1.6, label=label, marker="." if few else None, **style)
+def _line(axes: Axes, x: Sequence[int], y: Sequence[float], color: Any, label: str | None = None) -> None:
+    """One measured curve: a long noisy one faint, with its centred mean over about a fiftieth of its length on top."""
+    reach = len(x) // 100
+    if reach:
+        axes.plot(_thin(x), _thin(y), color=color, linewidth=0.7, alpha=0.35)
+    mean = _thin(_centred_mean(y, reach))
+    axes.plot(_thin(x), mean, color=color, linewidth=1.6, label=label, marker="." if len(x) <= 30 else None)
+
+
+def _centred_mean(y: Sequence[float], reach: int) -> list[float]:
+    """Mean over i-reach .. i+reach, as far as there are points."""
+    sums = [0.0, *itertools.accumulate(y)]
+    spans = ((max(0, i - reach), min(len(y), i + reach + 1)) for i in range(len(y)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
 def _draw_loss(axes: Axes, records: Records) -> None:
@@ -282,8 +280,8 @@ def _draw_loss(axes: Axes, records: Records) -> None:
         axes.legend()
 
 
-def _curve(records: Records, key: str, caption: str, unit: str, color: str = _SERIES[0]) -> list[str]:
-    """A chart of one field, or none where no record has it."""
+def _curve(records: Records, key: str, caption: str, unit: str, color: str | None = None) -> list[str]:
+    """A chart of one field, or none where no record has it; without a colour it is a schedule: exact, in steps."""
     from matplotlib.ticker import FuncFormatter
 
     x, y = _series(records, key)
@@ -291,7 +289,11 @@ def _curve(records: Records, key: str, caption: str, unit: str, color: str = _SE
         return []
 
     def draw(axes: Axes) -> None:
-        _line(axes, x, y, color)
+        if color:
+            _line(axes, x, y, color)
+        else:
+            marker = "." if len(x) <= 30 else None
+            axes.plot(_thin(x), _thin(y), color=_SERIES[0], linewidth=1.6, drawstyle="steps-post", marker=marker)
         axes.set(xlabel="step", ylabel=unit)
         if max(y) >= 1000:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
@@ -306,7 +308,8 @@ def _curve(records: Records, key: str, caption: str, unit: str, color: str = _SE
 def _trend(name: str, x: Sequence[int], y: Sequence[float]) -> str:
     if len(x) == 1:
         return f"{name}: {human(y[0])} at step {x[0]:,}"
-    return f"{name}: from {human(y[0])} at step {x[0]:,} to {human(y[-1])} at step {x[-1]:,}; least {human(min(y))}, most {human(max(y))}"
+    ends = f"from {human(y[0])} at step {x[0]:,} to {human(y[-1])} at step {x[-1]:,}"
+    return f"{name}: {ends}; least {human(min(y))}, most {human(max(y))}"
 
 
 def _loss_figures(records: Records) -> list[str]:
@@ -329,7 +332,7 @@ def _throughput_figures(records: Records) -> list[str]:
 
 def _schedule_figures(records: Records) -> list[str]:
     fields = {
-        "lr": ("Learning rate", "peak to final"),
+        "lr": ("Learning rate", "rate"),
         "batch_size": ("Batch size", "rows a step"),
         "gamma": ("Speed of the router bias, gamma", "step of the bias"),
         "mtp_weight": ("Weight of the MTP loss, lambda", "weight"),
@@ -337,36 +340,37 @@ def _schedule_figures(records: Records) -> list[str]:
     return [chart for key, words in fields.items() for chart in _curve(records, key, *words)]
 
 
-# -- expert load --------------------------------------------------------------------------------------------------------
+# -- expert load ------------------------------------------------------------------------------------------------------
 
 
 def _load(records: Records, config: Mapping[str, Any]) -> str:
     counted = next((r for r in reversed(records) if r.get("expert_counts")), None)
     loads = [r for r in records if (r.get("load") or {}).get("max_vio")]
-    if counted is None and not loads:
-        return '<p class="quiet">No expert load was recorded: the model has no routed experts, or the log has no counts.</p>'
-    charts, table = [], ""
-    if counted is not None:
-        charts.append(_heat_map(counted["step"], counted["expert_counts"], config))
+    items = [_heat_map(counted["step"], counted["expert_counts"], config)] if counted else []
     if loads:
-        charts.append(_max_vio_chart(loads, config))
-        last = loads[-1]["load"]
-        names = _layer_names(len(last["max_vio"]), config)
-        rows = "".join(
-            f'<tr><th scope="row">{name}</th>'
-            + "".join(f'<td class="number">{human(last[key][i])}</td>' for key in last)
-            + "</tr>"
-            for i, name in enumerate(names)
-        )
-        words = {"max_vio": "MaxVio", "entropy": "entropy", "dead_experts": "dead experts"}
-        head = "".join(f'<th scope="col" class="number">{_text(words.get(key, key))}</th>' for key in last)
-        table = (
-            f'<div class="card"><h3>Balance at step {loads[-1]["step"]:,}</h3><div class="scroll"><table><thead><tr>'
-            f'<th scope="col">layer</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></div>'
-        )
+        items += [_max_vio_chart(loads, config), _load_table(loads[-1]["step"], loads[-1]["load"], config)]
+    if not items:
+        return '<p class="quiet">No expert load was recorded: a model without routed experts has none.</p>'
+    words = (
+        "MaxVio is how far the busiest expert lies above the mean (0 is perfect balance); entropy is 1 when all "
+        "experts get equally many tokens; a dead expert got none."
+    )
+    return _paragraphs(words) + _grid(items)
+
+
+def _load_table(step: int, load: Mapping[str, Sequence[float]], config: Mapping[str, Any]) -> str:
+    names = _layer_names(len(load["max_vio"]), config)
+    head = "".join(f'<th scope="col" class="number">{word}</th>' for word in ("MaxVio", "entropy", "dead experts"))
+    rows = "".join(
+        f'<tr><th scope="row">{name}</th><td class="number">{vio:.3f}</td><td class="number">{entropy:.4f}</td>'
+        f'<td class="number">{dead:,}</td></tr>'
+        for name, vio, entropy, dead in zip(names, load["max_vio"], load["entropy"], load["dead_experts"])
+    )
     return (
-        "<p>MaxVio is how far the busiest expert lies above the mean (0 is perfect balance); entropy is 1 when all experts "
-        f"get equally many tokens; a dead expert got none.</p>{_grid([*charts, table] if table else charts)}"
+        f'<details class="card"{" open" if len(names) <= 8 else ""}>'
+        f"<summary>Balance of each layer at step {step:,}</summary>"
+        f'<div class="scroll"><table><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details>"
     )
 
 
@@ -392,14 +396,16 @@ def _heat_map(step: int, counts: Sequence[Sequence[int]], config: Mapping[str, A
         axes.set_xlabel("expert")
         axes.grid(False)
         bar = axes.figure.colorbar(image, ax=axes, extend="max" if busiest > 2 else "neither")
-        bar.set_label("tokens, relative to the layer's mean", color=_INK)
+        bar.set_label("load / layer's mean", color=_INK)
         bar.ax.tick_params(colors=_INK, length=0)
         bar.outline.set_visible(False)
 
-    alt = f"Heat map of {len(counts)} layers by {len(counts[0])} experts at step {step:,}; the busiest has {busiest:.2f} times its layer's mean"
-    return _chart(
-        "heat", f"Load of each expert at step {step:,}", alt, draw, size=(5.2, min(6.0, 1.6 + 0.28 * len(counts)))
+    alt = (
+        f"Heat map of {len(counts)} layers by {len(counts[0])} experts at step {step:,}; "
+        f"the busiest has {busiest:.2f} times its layer's mean"
     )
+    size = (4.6, min(6.0, 1.6 + 0.28 * len(counts)))
+    return _chart("heat", f"Load of each expert at step {step:,}", alt, draw, size=size)
 
 
 def _max_vio_chart(loads: Records, config: Mapping[str, Any]) -> str:
@@ -408,13 +414,16 @@ def _max_vio_chart(loads: Records, config: Mapping[str, Any]) -> str:
     layers = len(loads[-1]["load"]["max_vio"])
     names, steps = _layer_names(layers, config), [r["step"] for r in loads]
     curves = [[r["load"]["max_vio"][layer] for r in loads] for layer in range(layers)]
+    marker = "." if len(steps) <= 30 else None
     few = layers <= len(_SERIES)
 
     def draw(axes: Axes) -> None:
         for layer, curve in enumerate(curves):
             # The middle of the colour map is legible on white and on black.
             color = _SERIES[layer] if few else colormaps["viridis"](0.3 + 0.5 * layer / (layers - 1))
-            _line(axes, steps, curve, color, names[layer] if few or layer in (0, layers - 1) else None)
+            label = names[layer] if few or layer in (0, layers - 1) else None
+            mean = _centred_mean(curve, len(steps) // 100)  # the noise itself would hide the other layers
+            axes.plot(_thin(steps), _thin(mean), color=color, linewidth=1.4, label=label, marker=marker)
         axes.set(xlabel="step", ylabel="MaxVio")
         axes.set_ylim(bottom=0)
         axes.legend(ncols=2)

@@ -157,11 +157,11 @@ class Trainer:
             "lr": schedule.lr(index),
             "gamma": schedule.bias_speed(index),
             "mtp_weight": schedule.mtp_lambda(index),
-            "rows": rows,
+            "batch_size": rows,
             "seconds": seconds,
             "tokens_per_s": rows * self.config.seq_len / seconds,
             **({"load": expert_load(counts)} if counts.numel() else {}),
-            **({"expert_counts": counts.tolist()} if index % self.config.log_counts_every == 0 else {}),
+            **({"expert_counts": counts.tolist()} if index % self.config.log_counts_every == 0 or self.step_index == schedule.steps else {}),
         }
 
     def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:

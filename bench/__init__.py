@@ -1,0 +1,1 @@
+"""Benchmarks: run as modules, one JSON line each."""
