@@ -93,8 +93,8 @@ class Pretrain:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     mask_documents: bool = False
     recompute: bool = False
-    compile: bool | None = None
-    """None: when a compiler is there and the run is long enough to repay it."""
+    compile: bool = False
+    """torch.compile the layers; about a minute to start, and needs a C++ compiler (CPU) or Triton (GPU)."""
     save_every: int = 100
     keep_last: int = 2
     seed: int = 0

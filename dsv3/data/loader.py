@@ -1,14 +1,14 @@
 """Shards to batches: a deterministic order of rows that any rank, at any time, computes alike.
 
-A row is T + 1 + M consecutive tokens of one source's packed stream (M extra ones for multi-token prediction); row i of a
-source starts at token i T, so the targets of consecutive rows neither overlap nor leave gaps (a tail shorter than a row
-is never read). Documents are packed without regard to rows and attention across them is not masked by default, as in the
-DeepSeek-V3 report (section 4.1); `doc_ids` is there for those who mask.
+A row is T + 1 + M consecutive tokens of one source's packed stream (M extra ones for multi-token prediction). Row i
+of a source starts at token i T, so the main targets of consecutive rows neither overlap nor leave gaps (a tail shorter
+than a row is never read). Documents are packed without regard to rows and attention across them is not masked by
+default, as in the DeepSeek-V3 report (section 4.1); `doc_ids` is there for those who mask.
 
-Which source global row g comes from: the quota method (Balinski and Young 1975). Of the sources with fewer than w (g + 1)
-rows so far, the one with the largest w / (rows + 1) is next, so after any number of rows each source is less than
-one row away from its share w. Exact in integers. Which row of it: the source's counter walks a permutation drawn from
-(seed, source, epoch), a fresh one each epoch.
+Which source global row g comes from: the quota method (Balinski and Young 1975). Of the sources with fewer than
+w (g + 1) rows so far, the one with the largest w / (rows + 1) is next, so after any number of rows each source is less
+than one row away from its share w. Exact in integers. Which row of it: the source's counter walks a permutation drawn
+from (seed, source, epoch), a fresh one each epoch.
 
 The state is the counters. Batch sizes may change between calls and ranks between runs: rows are numbered globally.
 Does not: prefetch, move anything to a device, or mask.
@@ -54,7 +54,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.extra_tokens < 0 or self.seed < 0:
             raise ValueError(
-                f"seq_len {self.seq_len} must be at least 1, extra_tokens {self.extra_tokens} and seed {self.seed} at least 0"
+                f"seq_len {self.seq_len} must be at least 1, "
+                f"extra_tokens {self.extra_tokens} and seed {self.seed} at least 0"
             )
 
 
@@ -120,7 +121,7 @@ class Loader:
         return {name: count / size for name, count, size in zip(names, self._counts, self._sizes, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able and the same on every rank: rows drawn so far (all ranks), per source, and what they were drawn from."""
+        """JSON-able, the same on every rank: rows drawn so far by all ranks, the same per source, and what from."""
         names = [source.name for source in self.shards.sources]
         return {
             "rows": sum(self._counts),
@@ -202,12 +203,10 @@ def held_out_batches(
 
 def byte_lengths(tokenizer: Tokenizer) -> Tensor:
     """(vocab_size,) int64: UTF-8 bytes each token stands for, 0 for special tokens, which are no text."""
-    lengths = torch.tensor(
-        [len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], dtype=torch.int64
-    )
-    special = (tokenizer.eos_id, tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id)
-    lengths[[token for token in special if token is not None]] = 0
-    return lengths
+    lengths = [
+        0 if tokenizer.is_special(token) else len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)
+    ]
+    return torch.tensor(lengths, dtype=torch.int64)
 
 
 def count_bytes(targets: Tensor, byte_lengths: Tensor) -> int:
@@ -220,7 +219,7 @@ def _row_count(source: ShardSource, seq_len: int, extra_tokens: int) -> int:
 
 
 def _integer_weights(weights: list[float]) -> list[int]:
-    """Weights in the same proportion as the shortest decimals of the floats, so that 0.1 is a tenth on every machine."""
+    """Integers in the proportion of the weights, read as their shortest decimals: 0.1 is a tenth, not a float."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     common = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * common) for weight in exact]

@@ -1,10 +1,11 @@
-"""Packed token shards: each source of a mixture is one memory-mapped stream of documents, written once, read many times.
+"""Packed token shards: each source of a mixture is one memory-mapped stream of documents, written once.
 
 Format: a folder of `SOURCE.bin` (all documents end to end, each closed by EOS, little-endian uint16 when the vocabulary
 has at most 65,536 ids, else uint32), `SOURCE.offsets.npy` (int64, where each document starts) and `index.json`:
 
     version, dtype, tokenizer fingerprint, settings (fim_rate, split_rate, seed),
-    sources: name -> tokens, documents, bytes (UTF-8, of the original text), weight, sha256, offsets_sha256, offsets_size
+    sources: name -> weight, tokens, documents, bytes (UTF-8, of the original text), sha256,
+             offsets_sha256, offsets_size (bytes of the file)
     fingerprint: SHA-256 of all the rest, hence of every token
 
 Two things happen to a document before it is packed (DeepSeek-V3 report section 4.1), both decided by a generator that
@@ -164,6 +165,10 @@ class _Packer:
                 raise ValueError(f"{name} {rate} must be between 0 and 1")
         if seed < 0:
             raise ValueError(f"seed {seed} must not be negative: give 0 or more")
+        if tokenizer.eos_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sentence token to close documents with: use V3's or train one"
+            )
         fim = (tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id)
         if fim_rate and None in fim:
             raise ValueError(f"fim_rate {fim_rate} needs the tokenizer's FIM tokens, it has {fim}: set fim_rate to 0")
@@ -190,7 +195,7 @@ class _Packer:
         return packed
 
     def _generator(self, source: str, number: int) -> np.random.Generator:
-        # The name is hashed, not numbered: adding a source to a mixture leaves the documents of the others as they were.
+        # The name is hashed, not numbered: adding a source leaves the documents of the others as they were.
         key = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "little")
         return np.random.Generator(np.random.PCG64([self.seed, key, number]))
 

@@ -397,8 +397,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, Stored]:
     try:
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
-            raise ValueError("not a name, or negative, or no integers")
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+            raise ValueError("negative or not integers")
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: {name} is described as {entry!r}, not dtype, shape, data_offsets: damaged") from None
     if not isinstance(dtype, str) or dtype not in _ALL_ITEM_BYTES:

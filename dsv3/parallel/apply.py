@@ -8,7 +8,6 @@ Expert and data parallelism take their places in this list (issue 6). Does not: 
 from __future__ import annotations
 
 import copy
-import shutil
 
 import torch
 from torch import nn
@@ -50,10 +49,3 @@ def prepare(model: DeepseekV3, *, recompute: bool, compile_layers: bool) -> None
             layer.forward = lambda x, context, forward=forward: checkpoint(forward, x, context, use_reentrant=False)
         if compile_layers:
             layer.compile(dynamic=False)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
-    if device.type == "cpu":
-        return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return torch.utils._triton.has_triton()

@@ -25,7 +25,7 @@ from dsv3.data.loader import Batch, Loader, count_bytes
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.transformer import DeepseekV3
-from dsv3.parallel.apply import can_compile, compute_copy, prepare, refresh_copy
+from dsv3.parallel.apply import compute_copy, prepare, refresh_copy
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.loss import Losses, training_losses
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
@@ -55,8 +55,8 @@ class TrainConfig:
     """Keep attention inside a document. The report does not (section 4.1)."""
     recompute: bool = False
     """Keep only each layer's input for the backward pass, and compute the layer again there."""
-    compile: bool | None = None
-    """torch.compile every layer; None: where a compiler exists and the run is long enough to repay it."""
+    compile: bool = False
+    """torch.compile every layer. Needs a C++ compiler (CPU) or Triton (GPU), and a batch without ramp: each shape compiles anew."""
     seed: int = 0
     save_every: int = 100
     keep_last: int = 2
@@ -68,6 +68,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}: train in 'bfloat16' or 'float32'")
+        if self.compile and self.schedule.batch_ramp_from is not None:
+            raise ValueError(
+                f"compile=True with batch_ramp_from {self.schedule.batch_ramp_from} would compile every batch size anew: drop one"
+            )
         for name in ("seq_len", "micro_batch", "save_every", "keep_last", "eval_every", "log_counts_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -113,9 +117,7 @@ class Trainer:
             "tokenizer": tokenizer.fingerprint if tokenizer else None,
         }
         self.twin = compute_copy(model, getattr(torch, config.dtype))
-        steps = config.max_steps or config.schedule.steps
-        compiled = can_compile(self.device) and steps > 200 if config.compile is None else config.compile
-        prepare(self.twin, recompute=config.recompute, compile_layers=compiled)
+        prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
         self._grads = [torch.zeros_like(parameter) for parameter in model.parameters()]
 
     # -- one step -------------------------------------------------------------------------------------------------------
@@ -254,14 +256,13 @@ class Trainer:
             while self.step_index < end:
                 record = self.step()
                 record["peak_share"] = record["tokens_per_s"] * flops / peak
-                last = self.step_index == end or interrupted()
                 if self.held_out is not None and (self.step_index % self.config.eval_every == 0 or self.step_index == end):
                     record |= {"heldout_bpb": self.bits_per_byte()}
                 for extra in on_eval:
                     record |= extra(self)
                 log.write(record)
                 console.update(record)
-                if last or self.step_index % self.config.save_every == 0:
+                if self.step_index == end or interrupted() or self.step_index % self.config.save_every == 0:
                     self.save()
                 if interrupted():
                     console.log(f"stopped at step {self.step_index}; the same command resumes")
