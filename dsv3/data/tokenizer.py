@@ -33,10 +33,23 @@ _TAIL = ["<think>", "</think>", FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "
 _SPLITS = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^" + "\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[" + "\r\n" + r"]*|\s*["
-    + "\r\n" + r"]+|\s+(?!\S)|\s+",
-)  # fmt: skip
-_ROUND_TRIP = ("hello world", "  two  spaces\n\n\n", "\tdef f(x):\r\n    return x**2\n", "你好，世界 カナ", "naïve e\u0301 😀 \u200bé", "123456.7 don't")
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+    "|[^\r\n"
+    r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+["
+    "\r\n"
+    r"]*|\s*["
+    "\r\n"
+    r"]+|\s+(?!\S)|\s+",
+)
+_ROUND_TRIP = (
+    "hello world",
+    "  two  spaces\n\n\n",
+    "\tdef f(x):\r\n    return x**2\n",
+    "你好，世界 カナ",
+    "naïve e\u0301 😀 \u200bé",
+    "123456.7 don't",
+)
 
 
 class Tokenizer:
@@ -73,10 +86,14 @@ class Tokenizer:
         """
         least = 3 + 256 + len(_TAIL)
         if vocab_size < least:
-            raise ValueError(f"vocab_size {vocab_size} cannot hold 256 bytes and {least - 256} control tokens: give at least {least}")
+            raise ValueError(
+                f"vocab_size {vocab_size} cannot hold 256 bytes and {least - 256} control tokens: give at least {least}"
+            )
         backend = Backend(models.BPE())
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         backend.decoder = decoders.ByteLevel()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         trainer = trainers.BpeTrainer(
@@ -153,9 +170,9 @@ class Tokenizer:
             raw = self.token_bytes(token)
             head = raw.rstrip(b"\r\n")
             if head and head != raw and head.isascii() and not any(chr(c).isalnum() or chr(c).isspace() for c in head):
-                pieces = [self._plain.token_to_id("".join(self._char_of[c] for c in part)) for part in (head, raw[len(head) :])]
-                if None not in pieces:
-                    splits[token] = (pieces[0], pieces[1])
+                first, second = (self._plain_id(part) for part in (head, raw[len(head) :]))
+                if first is not None and second is not None:
+                    splits[token] = (first, second)
         return splits
 
     def save(self, folder: Path | str) -> None:
@@ -215,6 +232,9 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether the id is a control token."""
         return token in self._added
+
+    def _plain_id(self, raw: bytes) -> int | None:
+        return self._plain.token_to_id("".join(self._char_of[byte] for byte in raw))
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

@@ -65,7 +65,9 @@ class Engine:
             ids = self.tokenizer.encode(prompt)
             if not ids:
                 if self.tokenizer.bos_id is None:
-                    raise ValueError("the prompt is empty and the tokenizer has no BOS token to start from: give a prompt")
+                    raise ValueError(
+                        "the prompt is empty and the tokenizer has no BOS token to start from: give a prompt"
+                    )
                 ids = [self.tokenizer.bos_id]
             yield self.complete(ids, params, speculate=speculate)
 
@@ -74,7 +76,9 @@ class Engine:
         """The same for one prompt of token ids."""
         config = self.model.config
         if speculate and config.num_nextn_predict_layers == 0:
-            raise ValueError("speculate=True needs an MTP layer, the model has num_nextn_predict_layers 0: load one that has")
+            raise ValueError(
+                "speculate=True needs an MTP layer, the model has num_nextn_predict_layers 0: load one that has"
+            )
         need = len(ids) + params.max_tokens + 1
         if need > config.max_position_embeddings:
             raise ValueError(

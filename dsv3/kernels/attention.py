@@ -1,9 +1,10 @@
 """The two cores of multi-head latent attention: full (training, prefill) and latent (absorbed decoding).
 
 full     softmax(scale · q kᵀ) v per head over expanded keys and values
-latent   the same against the cache rows themselves: every head reads one shared [c_kv | k_pe] of C + R values, and values
+latent   the same against the cache rows: every head reads one shared [c_kv | k_pe] of C + R values, and values
          are a view of the keys' first C; the caller has multiplied W_UK into the query and multiplies W_UV out
-Source: V2 report appendix C, V3 report section 2.1.1. Legend: B batch, H heads, T queries, S keys, C latent, R rope, K/V head sizes.
+Source: V2 report appendix C, V3 report section 2.1.1.
+Legend: B batch, H heads, T queries, S keys, C latent, R rope, K and V head sizes.
 """
 
 from __future__ import annotations

@@ -23,12 +23,21 @@ class LatentCache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, layers: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        *,
+        layers: int,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.rows = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)  # (L, B, S, C + R)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # (B,) tokens held by each row
-        self.used = 0  # the longest row ever written, on the host: bounds what attention reads without a synchronisation
+        self.used = (
+            0  # the longest row ever written, on the host: bounds what attention reads without a synchronisation
+        )
 
     @property
     def capacity(self) -> int:
@@ -46,7 +55,9 @@ class LatentCache:
         """
         last = self.used_after(latent.shape[1])
         if last > self.capacity:
-            raise ValueError(f"{last} tokens do not fit a cache of capacity {self.capacity}: build it with capacity >= {last}")
+            raise ValueError(
+                f"{last} tokens do not fit a cache of capacity {self.capacity}: build it with capacity >= {last}"
+            )
         held = self.rows[layer]
         held.scatter_(1, positions.unsqueeze(-1).expand_as(latent), latent.to(held.dtype))
         return held[:, :last]

@@ -72,7 +72,13 @@ class DeepseekV3(nn.Module):
         return self.lm_head(self.hidden(tokens, cache=cache).main)
 
     def hidden(
-        self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None, cache: LatentCache | None = None, balance: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        depth: int = 0,
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+        balance: bool = False,
     ) -> Hidden:
         """Final states of tokens (B, T + depth): the main model reads the first T, MTP depth k the T from k on.
 
@@ -87,7 +93,9 @@ class DeepseekV3(nn.Module):
         """
         mtp_layers = self.model.mtp_layers
         if depth > len(mtp_layers):
-            raise ValueError(f"depth {depth} exceeds the model's {len(mtp_layers)} MTP layers: lower depth or build more")
+            raise ValueError(
+                f"depth {depth} exceeds the model's {len(mtp_layers)} MTP layers: lower depth or build more"
+            )
         length = tokens.shape[1] - depth
         context = self._context(length, tokens.device, mask, cache, balance)
         x = self.embed(tokens[:, :length])
@@ -151,7 +159,9 @@ class DeepseekV3(nn.Module):
         if cache.used:
             keys = torch.arange(cache.used_after(length), device=device)
             mask = keys <= positions.unsqueeze(-1)
-        return Context(*rope_table(self.config, positions), mask=mask, positions=positions, cache=cache, balance=balance)
+        return Context(
+            *rope_table(self.config, positions), mask=mask, positions=positions, cache=cache, balance=balance
+        )
 
 
 class Backbone(nn.Module):
@@ -161,7 +171,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         main = config.num_hidden_layers
-        layers = [DecoderLayer(config, i) if i < main else MTPLayer(config, i) for i in range(config.num_layers_with_mtp)]
+        layers = [
+            DecoderLayer(config, i) if i < main else MTPLayer(config, i) for i in range(config.num_layers_with_mtp)
+        ]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -233,17 +245,20 @@ class Attention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q_nope, q_pe = self.queries(x, context)
         latent = self.latent(x, context)
         if context.cache is not None:
+            assert context.positions is not None
             latent = context.cache.append(self.slot, latent, context.positions)
-        absorbed = context.mask is not None and context.cache is not None and self.prefers_absorbed(x.shape[1], latent.shape[1])
-        attend = self.absorbed if absorbed else self.expanded
-        return self.o_proj(attend(q_nope, q_pe, latent, context.mask))
+            if context.mask is not None and self.prefers_absorbed(x.shape[1], latent.shape[1]):
+                return self.o_proj(self.absorbed(q_nope, q_pe, latent, context.mask))
+        return self.o_proj(self.expanded(q_nope, q_pe, latent, context.mask))
 
     def queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> q_nope (B, T, H, n), q_pe (B, T, H, R) rotated."""
@@ -267,7 +282,9 @@ class Attention(nn.Module):
         q = torch.cat((q_nope, q_pe), dim=-1)
         k = torch.cat((k_nope, k_pe.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         mask = None if mask is None else mask.unsqueeze(1)
-        out = attend_full(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=config.softmax_scale, mask=mask)
+        out = attend_full(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=config.softmax_scale, mask=mask
+        )
         return out.transpose(1, 2).flatten(-2)
 
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, mask: Tensor) -> Tensor:

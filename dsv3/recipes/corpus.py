@@ -42,7 +42,9 @@ def parse_sources(specs: Sequence[str]) -> tuple[Source, ...]:
         try:
             sources.append(Source(name=name, weight=float(weight), paths=tuple(paths.split(","))))
         except ValueError as error:
-            raise ValueError(f"--data {spec!r}: write PATH, or NAME=WEIGHT:PATH[,PATH] such as maths=0.3:gsm8k.jsonl ({error})") from None
+            raise ValueError(
+                f"--data {spec!r}: write PATH, or NAME=WEIGHT:PATH[,PATH] such as maths=0.3:gsm8k.jsonl ({error})"
+            ) from None
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"--data names {names} repeat: name them apart as NAME=WEIGHT:PATH")
@@ -71,12 +73,20 @@ def read_texts(sources: Sequence[Source], *, held_out: float = 0.02, max_charact
         target.setdefault(document.source, []).append(document.text)
     for source in sources:
         if source.name not in train:
-            raise ValueError(f"source {source.name!r} ({', '.join(source.paths)}) holds no text to train on: give it more documents")
+            raise ValueError(
+                f"source {source.name!r} ({', '.join(source.paths)}) holds no text to train on: give it more documents"
+            )
     return Texts(train, apart, {source.name: source.weight for source in sources}, report)
 
 
 def build_shards(
-    texts: Texts, tokenizer: Tokenizer, folder: Path, *, fim_rate: float = 0.1, seed: int = 0, progress: Callable | None = None
+    texts: Texts,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    fim_rate: float = 0.1,
+    seed: int = 0,
+    progress: Callable | None = None,
 ) -> tuple[Shards, Shards | None]:
     """Training shards in folder/train and held-out ones (no FIM, no splitting) in folder/held_out; reused when they exist
     and are of this tokenizer.
@@ -84,15 +94,21 @@ def build_shards(
     Raises:
         ValueError: they exist and are of another tokenizer.
     """
-    train = _once(folder / "train", tokenizer, lambda path: write_shards(
-        texts.train, texts.weights, tokenizer, path, fim_rate=fim_rate, seed=seed, progress=progress
-    ))
+    train = _once(
+        folder / "train",
+        tokenizer,
+        lambda path: write_shards(
+            texts.train, texts.weights, tokenizer, path, fim_rate=fim_rate, seed=seed, progress=progress
+        ),
+    )
     if not texts.held_out:
         return train, None
     weights = {name: texts.weights[name] for name in texts.held_out}
-    return train, _once(folder / "held_out", tokenizer, lambda path: write_shards(
-        texts.held_out, weights, tokenizer, path, fim_rate=0.0, split_rate=0.0, seed=seed
-    ))
+    return train, _once(
+        folder / "held_out",
+        tokenizer,
+        lambda path: write_shards(texts.held_out, weights, tokenizer, path, fim_rate=0.0, split_rate=0.0, seed=seed),
+    )
 
 
 def _once(path: Path, tokenizer: Tokenizer, build: Callable[[Path], Shards]) -> Shards:

@@ -116,7 +116,14 @@ def run(config: TinyConfig, say: Callable[[str], None]) -> dict[str, Any]:
     say("5/5 report")
     samples = [{"prompt": p, "text": s.text} for p, s in zip(PROMPTS, plain)]
     sections = {"model": config.model.to_hf(), "training": dataclasses.asdict(train_config(config))}
-    report = write_report(out, title="dsv3 run tiny", config=sections, samples=samples, results=results, sections=[("What to try next", "\n\n".join(next_steps(out)))])
+    report = write_report(
+        out,
+        title="dsv3 run tiny",
+        config=sections,
+        samples=samples,
+        results=results,
+        sections=[("What to try next", "\n\n".join(next_steps(out)))],
+    )
     return {**results, "samples": samples, "checkpoint": str(checkpoint), "report": str(report)}
 
 

@@ -73,8 +73,9 @@ def save_training(
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(run).free
         raise OSError(
-            error.errno, f"checkpoint {target.name} could not be written ({error.strerror or error}; {free:,} bytes free): "
-            "make room and resume; the checkpoints before it are whole"
+            error.errno,
+            f"checkpoint {target.name} could not be written ({error.strerror or error}; {free:,} bytes free): "
+            "make room and resume; the checkpoints before it are whole",
         ) from error
     for old in checkpoints(run)[:-keep_last]:
         shutil.rmtree(old)
@@ -89,7 +90,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "training.json"
     if not path.exists():
-        raise ValueError(f"{checkpoint} holds a model but no training state ({path.name} is missing): start from its weights instead")
+        raise ValueError(
+            f"{checkpoint} holds a model but no training state ({path.name} is missing): start from its weights instead"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -48,7 +48,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor):
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (d_loss,) = grad_outputs
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss.to(d_weight.dtype), None
 
@@ -66,7 +67,14 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
 
 
 def training_losses(
-    main: Tensor, mtp: tuple[Tensor, ...], balance: Tensor, head: Tensor, targets: Tensor, *, mtp_weight: float, alpha: float
+    main: Tensor,
+    mtp: tuple[Tensor, ...],
+    balance: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    mtp_weight: float,
+    alpha: float,
 ) -> Losses:
     """States (B, T, D) of the main model and of each MTP depth, targets (B, T + M): depth k is scored on targets k to k + T.
 
@@ -74,9 +82,7 @@ def training_losses(
     """
     length = main.shape[1]
     loss = head_cross_entropy(main, head, targets[:, :length])
-    depths = tuple(
-        head_cross_entropy(state, head, targets[:, k : k + length]) for k, state in enumerate(mtp, start=1)
-    )
+    depths = tuple(head_cross_entropy(state, head, targets[:, k : k + length]) for k, state in enumerate(mtp, start=1))
     total = loss + alpha * balance
     if depths:
         total = total + mtp_weight / len(depths) * torch.stack(depths).sum()

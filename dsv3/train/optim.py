@@ -47,14 +47,18 @@ class ScheduleConfig:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}: train longer or warm up less")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be below steps {self.steps}: train longer or warm up less"
+            )
         if not 0 <= self.constant_until <= self.cosine_until <= self.second_constant_from <= 1:
             raise ValueError(
                 f"constant_until {self.constant_until}, cosine_until {self.cosine_until}, second_constant_from "
                 f"{self.second_constant_from} must rise within 0 and 1"
             )
         if self.batch_ramp_from is not None and not 1 <= self.batch_ramp_from <= self.batch_size:
-            raise ValueError(f"batch_ramp_from {self.batch_ramp_from} must be between 1 and batch_size {self.batch_size}")
+            raise ValueError(
+                f"batch_ramp_from {self.batch_ramp_from} must be between 1 and batch_size {self.batch_size}"
+            )
 
     def lr(self, step: int) -> float:
         """Learning rate of the 0-based step."""

@@ -54,7 +54,11 @@ def build_trainer(
     evaluation = None
     if held_out is not None:
         rows = held_out_batches(
-            held_out, seq_len=train_config.seq_len, extra_tokens=0, rows=train_config.micro_batch, max_rows=held_out_rows
+            held_out,
+            seq_len=train_config.seq_len,
+            extra_tokens=0,
+            rows=train_config.micro_batch,
+            max_rows=held_out_rows,
         )
         evaluation = HeldOut(list(rows), byte_lengths(tokenizer))
     return Trainer(model.to(device), loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation)

@@ -143,7 +143,9 @@ class Trainer:
             group["lr"] = schedule.lr(index)
         self.optimizer.step()
         for parameter in parameters:
-            parameter.grad = None  # a float32 run's twin is the master itself, and its backward adds to what it finds here
+            parameter.grad = (
+                None  # a float32 run's twin is the master itself, and its backward adds to what it finds here
+            )
         update_router_bias(self.model, counts, schedule.bias_speed(index))
         refresh_copy(self.twin, self.model)
         self.step_index += 1
@@ -163,7 +165,11 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_s": rows * self.config.seq_len / seconds,
             **({"load": expert_load(counts)} if counts.numel() else {}),
-            **({"expert_counts": counts.tolist()} if index % self.config.log_counts_every == 0 or self.step_index == schedule.steps else {}),
+            **(
+                {"expert_counts": counts.tolist()}
+                if index % self.config.log_counts_every == 0 or self.step_index == schedule.steps
+                else {}
+            ),
         }
 
     def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:
@@ -188,7 +194,9 @@ class Trainer:
                 alpha=self.config.alpha,
             )
             if not bool(losses.total.isfinite()):
-                raise NonFiniteError(f"loss is {losses.total.item()} {self._blame(tokens)}{self._where(micro.start, micro.stop)}")
+                raise NonFiniteError(
+                    f"loss is {losses.total.item()} {self._blame(tokens)}{self._where(micro.start, micro.stop)}"
+                )
             (losses.total * share).backward()
             for grad, parameter in zip(self._grads, self.twin.parameters(), strict=True):
                 if parameter.grad is not None:
@@ -197,7 +205,8 @@ class Trainer:
             scaled = [loss * share for loss in (losses.total.detach(), losses.main, *losses.mtp, losses.balance)]
             total = scaled if total is None else [a + b for a, b in zip(total, scaled)]
             counts = hidden.routing.counts if counts is None else counts + hidden.routing.counts
-        assert total is not None and counts is not None
+        assert total is not None
+        assert counts is not None
         return Losses(total[0], total[1], tuple(total[2:-1]), total[-1]), counts
 
     def _mask(self, doc_ids: Tensor) -> Tensor | None:
@@ -256,7 +265,9 @@ class Trainer:
             while self.step_index < end:
                 record = self.step()
                 record["peak_share"] = record["tokens_per_s"] * flops / peak
-                if self.held_out is not None and (self.step_index % self.config.eval_every == 0 or self.step_index == end):
+                if self.held_out is not None and (
+                    self.step_index % self.config.eval_every == 0 or self.step_index == end
+                ):
                     record |= {"heldout_bpb": self.bits_per_byte()}
                 for extra in on_eval:
                     record |= extra(self)
@@ -269,7 +280,12 @@ class Trainer:
                     raise KeyboardInterrupt
 
     def save(self) -> Path:
-        state = {"step": self.step_index, "tokens": self.tokens, "loader": self.loader.state_dict(), "identity": self.identity}
+        state = {
+            "step": self.step_index,
+            "tokens": self.tokens,
+            "loader": self.loader.state_dict(),
+            "identity": self.identity,
+        }
         return save_training(
             self.folder, self.model, self.optimizer, self.tokenizer, state, keep_last=self.config.keep_last
         )
@@ -301,7 +317,9 @@ class Trainer:
             length = batch.tokens.shape[1]
             logits = self.twin(batch.tokens.to(self.device)).float()
             targets = batch.targets[:, :length]
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(self.device), reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten().to(self.device), reduction="sum"
+            ).item()
             count += count_bytes(targets, self.held_out.byte_lengths)
         return nats / math.log(2) / count
 

@@ -27,7 +27,30 @@ def dsv3_command(*arguments: object) -> subprocess.CompletedProcess:
 def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     rng = random.Random(0)
-    words = "a model reads text and writes text , the cache holds what it read ; 你好 é 12345 def return".split()
+    words = [
+        *[
+            "a",
+            "model",
+            "reads",
+            "text",
+            "and",
+            "writes",
+            "text",
+            ",",
+            "the",
+            "cache",
+            "holds",
+            "what",
+            "it",
+            "read",
+            ";",
+        ],
+        "你好",
+        "é",
+        "12345",
+        "def",
+        "return",
+    ]
     for i in range(60):
         (folder / f"{i}.txt").write_text(" ".join(rng.choices(words, k=150)) + ".\n", encoding="utf-8")
     return folder
@@ -86,7 +109,9 @@ def test_save_and_load_are_inverse(life, tmp_path):
 def test_verbs_in_a_row(texts, tmp_path):
     made = dsv3_command("tokenizer", "--data", texts, "--vocab-size", 400, "--out", tmp_path / "tok")
     assert made.returncode == 0, made.stderr
-    packed = dsv3_command("data", "--data", f"words=1:{texts}", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "sh")
+    packed = dsv3_command(
+        "data", "--data", f"words=1:{texts}", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "sh"
+    )
     assert packed.returncode == 0, packed.stderr
     (tmp_path / "model.json").write_text(json.dumps({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 400}))
     sizes = ("--steps", 4, "--warmup-steps", 1, "--batch-size", 4, "--micro-batch", 2, "--seq-len", 64)

@@ -23,7 +23,9 @@ def test_forward_and_gradients(counts):
 
 def test_registered_for_the_compiler():
     args = (torch.randn(4, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True), torch.tensor([1, 3]))
-    torch.library.opcheck(grouped_linear, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        grouped_linear, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 def test_counts_must_cover_the_rows():

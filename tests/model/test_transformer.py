@@ -78,7 +78,10 @@ def test_mtp_reads_the_next_token_behind_the_normed_state():
     model, tokens = random_model(), torch.randint(0, 96, (2, 20))
     hidden = model.hidden(tokens, depth=1)
     layer, main = model.model.layers[3], model.hidden(tokens[:, :19]).main
-    mixed = torch.cat((layer.enorm(model.model.embed_tokens(tokens[:, 1:])), layer.hnorm(main)), -1) @ layer.eh_proj.weight.T
+    mixed = (
+        torch.cat((layer.enorm(model.model.embed_tokens(tokens[:, 1:])), layer.hnorm(main)), -1)
+        @ layer.eh_proj.weight.T
+    )
     context = model._context(19, tokens.device, None, None, balance=False)
     expected = layer.shared_head.norm(layer(mixed, context)[0])
     torch.testing.assert_close(hidden.mtp[0], expected)
@@ -92,7 +95,9 @@ def test_two_depths_chain_and_draft_agrees():
         hidden = model.hidden(tokens, depth=2)
         assert [s.shape[1] for s in (hidden.main, *hidden.mtp)] == [20, 20, 20]
         cache = model.new_cache(2, 32, mtp=True)
-        parts = [model.draft(hidden.main[:, s], tokens[:, 1:21][:, s], cache=cache) for s in (slice(0, 9), slice(9, 20))]
+        parts = [
+            model.draft(hidden.main[:, s], tokens[:, 1:21][:, s], cache=cache) for s in (slice(0, 9), slice(9, 20))
+        ]
         torch.testing.assert_close(torch.cat(parts, 1), hidden.mtp[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="depth 3 exceeds the model's 2 MTP layers"):
         model.hidden(tokens, depth=3)

@@ -33,13 +33,19 @@ SHAPES = {
     "v3": dict(rope_scaling=YARN),
     "no_yarn": dict(),
     "yarn_only_mscale": dict(rope_scaling=YarnConfig(factor=8, original_max_position_embeddings=32, mscale=0.7)),
-    "yarn_kimi": dict(rope_scaling=YarnConfig(factor=32, original_max_position_embeddings=32, beta_fast=1, mscale_all_dim=1.0)),
-    "moonlight": dict(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, routed_scaling_factor=2.446, rms_norm_eps=1e-5),
+    "yarn_kimi": dict(
+        rope_scaling=YarnConfig(factor=32, original_max_position_embeddings=32, beta_fast=1, mscale_all_dim=1.0)
+    ),
+    "moonlight": dict(
+        q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, routed_scaling_factor=2.446, rms_norm_eps=1e-5
+    ),
     "all_moe": dict(first_k_dense_replace=0),
     "all_dense": dict(first_k_dense_replace=3),
     "wide_values": dict(v_head_dim=28, q_lora_rank=None),
     "narrow_values": dict(v_head_dim=4, n_shared_experts=3),
-    "one_group_of_many": dict(n_routed_experts=16, n_group=8, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.0),
+    "one_group_of_many": dict(
+        n_routed_experts=16, n_group=8, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.0
+    ),
     "unnormalised": dict(norm_topk_prob=False, rope_theta=50000.0),
 }
 

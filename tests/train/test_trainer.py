@@ -22,7 +22,7 @@ from dsv3.train.optim import ScheduleConfig
 from dsv3.train.trainer import NonFiniteError, TrainConfig, Trainer
 from tests.model.tiny import TINY, random_model
 
-WORDS = "the router sends every token to its experts and none is dropped ; ".split()
+WORDS = ["the", "router", "sends", "every", "token", "to", "its", "experts", "and", "none", "is", "dropped", ";"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,18 @@ def corpus(tmp_path_factory):
 def trainer(corpus: Path, run: Path, *, schedule=None, vocab: int = 340, **changes) -> Trainer:
     tokenizer = Tokenizer.from_file(corpus / "tokenizer")
     model = random_model(dataclasses.replace(TINY, vocab_size=vocab, rope_scaling=None))
-    schedule = schedule or ScheduleConfig(steps=12, warmup_steps=2, peak_lr=3e-3, batch_size=4, batch_ramp_from=2, batch_ramp_until=0.5)
+    schedule = schedule or ScheduleConfig(
+        steps=12, warmup_steps=2, peak_lr=3e-3, batch_size=4, batch_ramp_from=2, batch_ramp_until=0.5
+    )
     settings = {"seq_len": 24, "micro_batch": 2, "save_every": 3, "log_counts_every": 4, **changes}
     loader = Loader(open_shards(corpus / "shards"), LoaderConfig(seq_len=24, extra_tokens=1))
     return Trainer(model, loader, TrainConfig(schedule=schedule, **settings), run, tokenizer=tokenizer)
 
 
 def curve(run: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in read_metrics(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def test_training_lowers_the_loss_and_keeps_the_newest(corpus, tmp_path):
@@ -145,7 +149,9 @@ def test_non_finite_stops_before_the_optimizer(corpus, tmp_path):
         run.twin.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
         run.model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"loss is nan \(first in model.layers.1.self_attn.o_proj\) at step 2, batch rows 0 to 1"):
+    with pytest.raises(
+        NonFiniteError, match=r"loss is nan \(first in model.layers.1.self_attn.o_proj\) at step 2, batch rows 0 to 1"
+    ):
         run.step()
     assert all(torch.equal(before[n], t) or "o_proj" in n for n, t in run.model.state_dict().items())
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001"]
@@ -169,7 +175,9 @@ def test_full_disk_leaves_the_last_checkpoint(corpus, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dsv3.train.checkpoint.dcp.save", full)
-    with pytest.raises(OSError, match=r"step-00000002 could not be written \(No space left on device; [\d,]+ bytes free\)"):
+    with pytest.raises(
+        OSError, match=r"step-00000002 could not be written \(No space left on device; [\d,]+ bytes free\)"
+    ):
         run.save()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
