@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from dsv3.data.corpus import ReadReport, Source, deduplicate, is_held_out, read_source
-from dsv3.data.shards import Shards, open_shards, write_shards
+from dsv3.data.shards import Progress, Shards, open_shards, write_shards
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.train.checkpoint import differences
+from dsv3.train.metrics import write_atomic
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,29 @@ def build_shards(
     *,
     fim_rate: float = 0.1,
     seed: int = 0,
-    progress: Callable | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Shards, Shards | None]:
-    """Training shards in folder/train and held-out ones (no FIM, no splitting) in folder/held_out; reused when they exist
-    and are of this tokenizer.
+    """Training shards in folder/train and held-out ones (no FIM, no splitting) in folder/held_out, or those that are there.
 
     Raises:
-        ValueError: they exist and are of another tokenizer.
+        ValueError: the folder holds shards of other texts, weights, tokenizer or settings; the message names what differs.
     """
+    identity = {
+        "tokenizer": tokenizer.fingerprint,
+        "weights": texts.weights,
+        "fim_rate": fim_rate,
+        "seed": seed,
+        "texts": _digest(texts),
+    }
+    made_of = folder / "corpus.json"
+    if made_of.exists():
+        changed = differences(json.loads(made_of.read_text(encoding="utf-8")), identity)
+        if changed:
+            raise ValueError(f"{folder} holds other shards; remove it or name another folder: " + "; ".join(changed))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(made_of, json.dumps(identity, indent=1).encode())
     train = _once(
         folder / "train",
-        tokenizer,
         lambda path: write_shards(
             texts.train, texts.weights, tokenizer, path, fim_rate=fim_rate, seed=seed, progress=progress
         ),
@@ -106,18 +122,18 @@ def build_shards(
     weights = {name: texts.weights[name] for name in texts.held_out}
     return train, _once(
         folder / "held_out",
-        tokenizer,
         lambda path: write_shards(texts.held_out, weights, tokenizer, path, fim_rate=0.0, split_rate=0.0, seed=seed),
     )
 
 
-def _once(path: Path, tokenizer: Tokenizer, build: Callable[[Path], Shards]) -> Shards:
-    if not path.exists():
-        return build(path)
-    shards = open_shards(path)
-    if shards.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{path} holds shards of tokenizer {shards.tokenizer_fingerprint[:12]}, this is {tokenizer.fingerprint[:12]}: "
-            "remove the folder to make them again"
-        )
-    return shards
+def _once(path: Path, build: Callable[[Path], Shards]) -> Shards:
+    return open_shards(path) if path.exists() else build(path)
+
+
+def _digest(texts: Texts) -> str:
+    digest = hashlib.sha256()
+    for name, part in [*texts.train.items(), *texts.held_out.items()]:
+        for text in part:
+            digest.update(f"{name}:{len(text)}:".encode())
+            digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

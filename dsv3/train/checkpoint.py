@@ -106,14 +106,14 @@ def load_training(checkpoint: Path, model: DeepseekV3, optimizer: torch.optim.Op
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Human lines `name: saved -> now` for every leaf that differs."""
+    """Human lines `name: a there, b now` for every leaf that differs."""
     lines = []
     for key in sorted({*saved, *now}):
         a, b = saved.get(key), now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} in the checkpoint, {b!r} now")
+            lines.append(f"{prefix}{key}: {a!r} there, {b!r} now")
     return lines
 
 

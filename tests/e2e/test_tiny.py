@@ -128,6 +128,19 @@ def test_verbs_in_a_row(texts, tmp_path):
     assert said.stdout.startswith("a model")
 
 
+def test_shards_of_another_corpus_are_refused(texts, tmp_path):
+    from dsv3.data.tokenizer import Tokenizer
+    from dsv3.recipes.corpus import build_shards, parse_sources, read_texts
+
+    read = read_texts(parse_sources([str(texts)]))
+    tokenizer = Tokenizer.train(["hello world"], 300)
+    first, _ = build_shards(read, tokenizer, tmp_path / "sh")
+    again, _ = build_shards(read, tokenizer, tmp_path / "sh")
+    assert first.fingerprint == again.fingerprint
+    with pytest.raises(ValueError, match=r"fim_rate: 0.1 there, 0.5 now"):
+        build_shards(read, tokenizer, tmp_path / "sh", fim_rate=0.5)
+
+
 @pytest.mark.parametrize("verb", ["run", "tokenizer", "data", "pretrain", "inspect", "generate"])
 def test_help_teaches(verb):
     shown = dsv3_command(verb, "--help")

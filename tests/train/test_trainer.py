@@ -159,9 +159,9 @@ def test_non_finite_stops_before_the_optimizer(corpus, tmp_path):
 
 def test_resume_with_another_config_shows_what_differs(corpus, tmp_path):
     trainer(corpus, tmp_path, max_steps=1).run()
-    with pytest.raises(ValueError, match=r"train.alpha: 0.0001 in the checkpoint, 0.5 now"):
+    with pytest.raises(ValueError, match=r"train.alpha: 0.0001 there, 0.5 now"):
         trainer(corpus, tmp_path, alpha=0.5).run()
-    with pytest.raises(ValueError, match=r"model.vocab_size: 340 in the checkpoint, 400 now"):
+    with pytest.raises(ValueError, match=r"model.vocab_size: 340 there, 400 now"):
         trainer(corpus, tmp_path, vocab=400).run()
 
 
