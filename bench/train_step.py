@@ -50,7 +50,7 @@ def theirs(implementation: str, dtype: torch.dtype, compiled: bool) -> Callable[
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
-    config = DeepseekV3Config(**MODEL.to_hf(torch_dtype="float32"), attn_implementation="sdpa", use_cache=False)
+    config = DeepseekV3Config(**MODEL.to_hf(torch_dtype="float32", use_cache=False), attn_implementation="sdpa")
     model = DeepseekV3ForCausalLM(config).to(dtype).train()
     model.set_experts_implementation(implementation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

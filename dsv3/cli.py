@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,8 +19,10 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dsv3.data.shards import Progress
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.model.config import ModelConfig
+    from dsv3.recipes.corpus import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ def _run(verb: Run) -> None:
     from dsv3.recipes import tiny
 
     config = tiny.TinyConfig(**{f.name: getattr(verb, f.name) for f in dataclasses.fields(verb) if f.name != "recipe"})
-    results = tiny.run(config, say=lambda text: print(text, flush=True))
+    results = tiny.run(config, say=lambda text: print(text, flush=True), bars=_bars)
     samples = results.pop("samples")
     for sample in samples[:3]:
         print(f"\n>>> {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
@@ -175,7 +178,8 @@ def _tokenizer(verb: TokenizerVerb) -> None:
         tokenizer = Tokenizer.official()
     else:
         texts = read_texts(parse_sources(verb.data) or standard_library())
-        tokenizer = Tokenizer.train((text for source in texts.train.values() for text in source), verb.vocab_size)
+        corpus = (text for source in texts.train.values() for text in source)
+        tokenizer = Tokenizer.train(corpus, verb.vocab_size, progress=sys.stderr.isatty())
     tokenizer.save(verb.out)
     print(f"{tokenizer.vocab_size:,} tokens in {verb.out}, fingerprint {tokenizer.fingerprint[:12]}")
 
@@ -186,9 +190,11 @@ def _data(verb: Data) -> None:
 
     texts = read_texts(parse_sources(verb.data) or standard_library())
     print("\n".join(texts.report.lines()))
-    train, held_out = build_shards(
-        texts, _open_tokenizer(verb.tokenizer), verb.out, fim_rate=verb.fim_rate, seed=verb.seed
-    )
+    tokenizer = _open_tokenizer(verb.tokenizer)
+    with _bars(texts) as progress:
+        train, held_out = build_shards(
+            texts, tokenizer, verb.out, fim_rate=verb.fim_rate, seed=verb.seed, progress=progress
+        )
     rows = [
         (s.name, f"{len(s.tokens):,} tokens, {len(s.offsets):,} documents, weight {s.weight:g}") for s in train.sources
     ]
@@ -254,6 +260,17 @@ def _generate(verb: Generate) -> None:
             print(
                 f"[{sample.accepted} of {sample.drafted} MTP drafts accepted: {sample.acceptance:.0%}]", file=sys.stderr
             )
+
+
+@contextmanager
+def _bars(texts: Texts) -> Iterator[Progress]:
+    """A bar a source while documents become tokens."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True)) as bars:
+        tasks = {name: bars.add_task(f"    {name}", total=len(part)) for name, part in texts.train.items()}
+        yield lambda source, documents, tokens: bars.update(tasks[source], completed=documents)
 
 
 def _open_tokenizer(spec: str) -> Tokenizer:

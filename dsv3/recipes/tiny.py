@@ -10,11 +10,13 @@ import dataclasses
 import gzip
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsv3.data.corpus import standard_library
+from dsv3.data.shards import Progress
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.engine import Engine, Sample
 from dsv3.infer.sampling import SamplingParams
@@ -86,7 +88,11 @@ def train_config(config: TinyConfig) -> TrainConfig:
     )
 
 
-def run(config: TinyConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    config: TinyConfig,
+    say: Callable[[str], None],
+    bars: Callable[[Texts], AbstractContextManager[Progress | None]] = lambda texts: nullcontext(),
+) -> dict[str, Any]:
     """Corpus, tokenizer, pre-training, held-out bits per byte, samples, speculation, report. Returns the results."""
     out = Path(config.out)
     say("1/5 corpus")
@@ -95,7 +101,8 @@ def run(config: TinyConfig, say: Callable[[str], None]) -> dict[str, Any]:
         say("    " + line)
     say("2/5 tokenizer and shards")
     tokenizer = _tokenizer(texts, config.model.vocab_size, out / "tokenizer")
-    shards, held_out = build_shards(texts, tokenizer, out / "shards", seed=config.seed)
+    with bars(texts) as progress:
+        shards, held_out = build_shards(texts, tokenizer, out / "shards", seed=config.seed, progress=progress)
     say(f"    {tokenizer.vocab_size:,} tokens in the vocabulary, {shards.total_tokens:,} in the corpus")
     say(f"3/5 pre-training, {config.steps} steps")
     trainer = build_trainer(config.model, train_config(config), shards, tokenizer, out, held_out=held_out)
