@@ -1,7 +1,7 @@
 """Packed token shards: each source of a mixture is one memory-mapped stream of documents, written once.
 
-Format: a folder of `SOURCE.bin` (all documents end to end, each closed by EOS, little-endian uint16 when the vocabulary
-has at most 65,536 ids, else uint32), `SOURCE.offsets.npy` (int64, where each document starts) and `index.json`:
+Format: a folder of `SOURCE.bin` (all documents end to end, each between BOS and EOS, little-endian uint16 when the
+vocabulary has at most 65,536 ids, else uint32), `SOURCE.offsets.npy` (int64, where each document starts) and `index.json`:
 
     version, dtype, tokenizer fingerprint, settings (fim_rate, split_rate, seed),
     sources: name -> weight, tokens, documents, bytes (UTF-8, of the original text), sha256,
@@ -12,7 +12,7 @@ Two things happen to a document before it is packed (DeepSeek-V3 report section 
 depends on (seed, source name, document's number) alone:
 
     fill in the middle, in the order PSM, with probability fim_rate, cut at two random characters:
-        <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
+        <bos> <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
     each combined punctuation-and-newline token is split in two with probability split_rate (the report's proportion is
     unpublished), so that a prompt that ends at such a boundary is nothing new to the model.
 
@@ -104,7 +104,9 @@ def write_shards(
         raise ValueError(f"{target} exists: remove it or name another folder for the shards")
     temp = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
-        shutil.rmtree(temp, ignore_errors=True)
+        for left in target.parent.glob(f".{target.name}.*.tmp"):
+            if left == temp or not _runs(left.name.split(".")[-2]):  # a killed writer's
+                shutil.rmtree(left, ignore_errors=True)
         temp.mkdir(parents=True)
         index: dict[str, Any] = {
             "version": VERSION,
@@ -180,7 +182,7 @@ class _Packer:
             self.split_table[token] = halves
 
     def pack(self, source: str, first: int, texts: list[str]) -> list[np.ndarray]:
-        """Token arrays, EOS included, of documents number first, first + 1, ... of the source."""
+        """Token arrays, BOS and EOS included, of documents number first, first + 1, ... of the source."""
         generators = [self._generator(source, first + i) for i in range(len(texts))]
         parts = [self._cut(text, generator) for text, generator in zip(texts, generators, strict=True)]
         encoded = iter(self.tokenizer.encode_batch([piece for pieces in parts for piece in pieces]))
@@ -207,11 +209,13 @@ class _Packer:
         return text[:start], text[end:], text[start:end]
 
     def _join(self, pieces: list[list[int]]) -> np.ndarray:
-        eos = self.tokenizer.eos_id
         if len(pieces) == 1:
-            return np.array([*pieces[0], eos], dtype=np.int64)
-        (begin, hole, end), (prefix, suffix, middle) = self.fim, pieces
-        return np.array([begin, *prefix, hole, *suffix, end, *middle, eos], dtype=np.int64)
+            ids = pieces[0]
+        else:
+            (begin, hole, end), (prefix, suffix, middle) = self.fim, pieces
+            ids = [begin, *prefix, hole, *suffix, end, *middle]
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]  # what generation starts from
+        return np.array([*bos, *ids, self.tokenizer.eos_id], dtype=np.int64)
 
     def _split(self, ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         found = np.flatnonzero(self.split_table[ids, 0] >= 0)
@@ -222,6 +226,17 @@ class _Packer:
         at = (np.cumsum(copies) - copies)[chosen]
         split[at], split[at + 1] = self.split_table[ids[chosen], 0], self.split_table[ids[chosen], 1]
         return split
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this number lives (or something we cannot read: better left alone)."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _write_source(

@@ -53,7 +53,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[str], params: SamplingParams = SamplingParams(), *, speculate: bool | None = None
     ) -> Iterator[Sample]:
-        """A sample for each prompt, in order.
+        """A sample for each prompt, in order. A prompt is the beginning of a document: BOS goes before it, as in training.
 
         Args:
             speculate: draft with the MTP layer; None: when the model has one.
@@ -62,13 +62,10 @@ class Engine:
             ValueError: a prompt plus max_tokens exceeds the model's positions, or there is no MTP layer to speculate with.
         """
         for prompt in prompts:
-            ids = self.tokenizer.encode(prompt)
+            bos = self.tokenizer.bos_id
+            ids = [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
             if not ids:
-                if self.tokenizer.bos_id is None:
-                    raise ValueError(
-                        "the prompt is empty and the tokenizer has no BOS token to start from: give a prompt"
-                    )
-                ids = [self.tokenizer.bos_id]
+                raise ValueError("the prompt is empty and the tokenizer has no BOS token to start from: give a prompt")
             yield self.complete(ids, params, speculate=speculate)
 
     @torch.inference_mode()

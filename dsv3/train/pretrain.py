@@ -53,9 +53,10 @@ def build_trainer(
     model.init_weights(torch.Generator().manual_seed(train_config.seed))
     evaluation = None
     if held_out is not None:
+        longest = max(len(source.tokens) for source in held_out.sources)
         rows = held_out_batches(
             held_out,
-            seq_len=train_config.seq_len,
+            seq_len=min(train_config.seq_len, longest - 1),  # of a small corpus, what there is
             extra_tokens=0,
             rows=train_config.micro_batch,
             max_rows=held_out_rows,

@@ -16,6 +16,7 @@ from dsv3.data.shards import INDEX, open_shards, write_shards
 class FakeTokenizer:
     """Bytes, FIM tokens, and one combined token for ".\\n"."""
 
+    bos_id = 0
     eos_id = 1
     fim_begin_id, fim_hole_id, fim_end_id = 259, 260, 261
     combined_id = 262
@@ -54,7 +55,9 @@ def restored(ids: list[int]) -> str:
     """The text of one packed document, whichever form it is in."""
     assert ids[-1] == TOKENIZER.eos_id
     assert ids.count(TOKENIZER.eos_id) == 1
-    ids = ids[:-1]
+    assert ids[0] == TOKENIZER.bos_id
+    assert ids.count(TOKENIZER.bos_id) == 1
+    ids = ids[1:-1]
     if TOKENIZER.fim_begin_id not in ids:
         return TOKENIZER.decode(ids)
     assert ids[0] == TOKENIZER.fim_begin_id
@@ -171,7 +174,7 @@ def test_fim_needs_its_tokens(tmp_path: Path) -> None:
     tokenizer.fim_hole_id = None
     with pytest.raises(ValueError, match="set fim_rate to 0"):
         write_shards({"a": ["x"]}, {"a": 1}, tokenizer, tmp_path / "s")
-    assert write_shards({"a": ["x"]}, {"a": 1}, tokenizer, tmp_path / "s", fim_rate=0).total_tokens == 2
+    assert write_shards({"a": ["x"]}, {"a": 1}, tokenizer, tmp_path / "s", fim_rate=0).total_tokens == 3  # BOS, x, EOS
 
 
 def test_documents_need_an_end(tmp_path: Path) -> None:
