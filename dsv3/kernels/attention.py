@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.kernels import native
+
 
 def attend_full(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """q (B, H, T, K), k (B, H, S, K), v (B, H, S, V) -> (B, H, T, V). Causal from the start unless `mask` says otherwise.
 
     mask: boolean, broadcastable to (B, H, T, S), True where attention is allowed.
     """
-    # The fused kernels want one head size; on the CPU the unfused path costs 1.4x of a whole training step.
+    if mask is None and q.shape[-2] == k.shape[-2] and native.fits(q, k, v):
+        return _causal(q, k, v, scale)[0].transpose(1, 2)
+    # torch's fused kernels want one head size; on the CPU the unfused path costs 1.4x of a whole training step.
     width = v.shape[-1]
     pad = q.shape[-1] - width
     if pad > 0:
@@ -28,6 +32,59 @@ def attend_full(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor |
         q, k = F.pad(q, (0, -pad)), F.pad(k, (0, -pad))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width]
+
+
+@torch.library.custom_op("dsv3::causal_attention", mutates_args=())
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """attend_full without a mask, in C -> out (B, T, H, V) and the scores' logsumexp (B, H, T) float32."""
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    logsumexp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    views = [native.View.of(_rows(x)) for x in (q, k, v)]
+    native.call("attention_forward", *views, out, logsumexp, *q.shape, v.shape[-1], scale)
+    return out, logsumexp
+
+
+@torch.library.custom_op("dsv3::causal_attention_backward", mutates_args=())
+def _causal_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (B, T, H, K), (B, T, H, K), (B, T, H, V) for d_out (B, T, H, V)."""
+    grads = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
+    inputs = [_rows(x) for x in (q, k, v, d_out.transpose(1, 2))]
+    views = [native.View.of(x) for x in inputs]
+    native.call("attention_backward", *views, out, logsumexp, *grads, *q.shape, v.shape[-1], scale)
+    return grads[0], grads[1], grads[2]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@_causal.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@_causal_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float):
+    grads = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
+    return grads[0], grads[1], grads[2]
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx, d_out: Tensor, _: Tensor):
+    grads = _causal_backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return (*(grad.transpose(1, 2) for grad in grads), None)
+
+
+_causal.register_autograd(_differentiate, setup_context=_save)
 
 
 def attend_full_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.kernels.attention import attend_full, attend_latent
-from dsv3.kernels.gemm import grouped_linear
-from dsv3.kernels.moe import permute, route, sequence_balance_loss, sort_by_expert, unpermute
+from dsv3.kernels.experts import expert_mlp
+from dsv3.kernels.moe import route, sequence_balance_loss, sort_by_expert
 from dsv3.model.cache import LatentCache
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import apply_rope, rope_table
@@ -331,9 +331,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, -2)  # (N, D)
         scores, indices, weights = self.gate(flat)
         order, inverse, counts = sort_by_expert(indices, scores.shape[-1])
-        sorted_weights = permute(weights.reshape(-1, 1), order, inverse)
-        y = self.experts(permute(flat, order, inverse), sorted_weights, counts)
-        y = unpermute(y, order, inverse, indices.shape[-1])
+        y = self.experts(flat, weights, order, inverse, counts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)[0]
         balance = scores.new_zeros(())
@@ -386,11 +384,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
 
-    def forward(self, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """x (N·K, D) in expert order, weights (N·K, 1) float32, counts (E,) -> (N·K, D), already weighted."""
-        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)
-        # Weighted before the down projection: the same sum, on I values a row instead of D.
-        return grouped_linear((F.silu(gate) * up * weights).to(x.dtype), self.down_proj, counts)
+    def forward(self, x: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
+        """x (N, D) and weights (N, K) float32, with the rows' order from `sort_by_expert` -> (N, D), weighted and summed."""
+        return expert_mlp(x, self.gate_up_proj, self.down_proj, weights, order, inverse, counts)
 
 
 class RMSNorm(nn.RMSNorm):
