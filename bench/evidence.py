@@ -35,7 +35,7 @@ from dsv3.infer.sampling import SamplingParams
 from dsv3.kernels.attention import attend_full
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import apply_rope
-from dsv3.model.transformer import Context, DeepseekV3
+from dsv3.model.transformer import Context, DeepseekV3, RMSNorm
 from dsv3.recipes.corpus import Texts, build_shards, read_texts
 from dsv3.train.metrics import write_atomic
 from dsv3.train.optim import ScheduleConfig
@@ -51,7 +51,7 @@ PLAIN = dataclasses.replace(MODEL, num_nextn_predict_layers=0)
 DENSE = dataclasses.replace(
     PLAIN, first_k_dense_replace=PLAIN.num_hidden_layers
 )  # width 320 = (4 routed + 1 shared)·64
-STEPS, ROWS, LENGTH, EVERY = 300, 8, 256, 10
+STEPS, ROWS, LENGTH, EVERY = 400, 8, 256, 10
 DOCS = Path("docs/evidence")
 
 
@@ -78,7 +78,10 @@ ARMS = {
 
 
 class MultiHeadAttention(nn.Module):
-    """What MLA replaces: every head has keys and values of its own, with the same sizes and the same partial RoPE."""
+    """What MLA replaces: every head has keys and values of its own, with the same sizes and the same partial RoPE.
+
+    Queries and keys are normalised a head, as MLA normalises its latents: it learns a little faster so (docs/LOG.md).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -87,6 +90,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(dim, heads * config.qk_head_dim, bias=False)
         self.v_proj = nn.Linear(dim, heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+        self.q_norm = RMSNorm(config.qk_head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.qk_head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         config = self.config
@@ -94,12 +99,13 @@ class MultiHeadAttention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (config.num_attention_heads, -1))
 
-        def rotated(projected: Tensor) -> Tensor:
-            plain, pe = heads(projected).split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        def rotated(projected: Tensor, norm: nn.Module) -> Tensor:
+            plain, pe = norm(heads(projected)).split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
             pe = apply_rope(pe, context.cos.unsqueeze(-2), context.sin.unsqueeze(-2))
             return torch.cat((plain, pe), dim=-1).transpose(1, 2)
 
-        q, k, v = rotated(self.q_proj(x)), rotated(self.k_proj(x)), heads(self.v_proj(x)).transpose(1, 2)
+        q, k = rotated(self.q_proj(x), self.q_norm), rotated(self.k_proj(x), self.k_norm)
+        v = heads(self.v_proj(x)).transpose(1, 2)
         return self.o_proj(attend_full(q, k, v, scale=config.softmax_scale).transpose(1, 2).flatten(-2))
 
 

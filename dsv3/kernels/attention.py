@@ -75,6 +75,7 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Te
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # of what backward never reads
     q, k, v, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
 

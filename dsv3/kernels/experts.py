@@ -91,6 +91,7 @@ def _(d_out, x, gate_up, down, weights, order, inverse, counts, h):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # of what backward never reads
     ctx.save_for_backward(*inputs, output[1])
 
 
