@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -46,10 +47,18 @@ def interleave(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return text.split("model name")[1].split(":")[1].split("\n")[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit,
@@ -58,4 +67,8 @@ def machine() -> dict[str, object]:
 
 def peak_memory_mib() -> float:
     """The process's largest resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:  # ru_maxrss of a child starts at its parent's size
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

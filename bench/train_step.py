@@ -1,5 +1,6 @@
 """Training step of dsv3 against transformers' DeepseekV3ForCausalLM: forward, backward, fused AdamW; one JSON line.
 
+Ours runs as training does by default: eager, bfloat16 products, float32 masters; compiled layers are timed beside it.
 Peers are every expert implementation of transformers in float32 and bfloat16 (pure bfloat16, moments too: less work than
 our float32 masters), eager and compiled; the best of each kind counts. Sides take turns within one process.
     python -m bench.train_step [--quick]      --quick: the fastest peers known only, fewer rounds
@@ -17,8 +18,10 @@ from pathlib import Path
 import torch
 
 from bench.common import RandomLoader, interleave, machine, peak_memory_mib
+from dsv3.model.census import training_flops_per_token
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
+from dsv3.train.metrics import measure_peak
 from dsv3.train.optim import ScheduleConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 
@@ -115,7 +118,10 @@ def main() -> None:
     if not options.quick:
         kinds += [("batched_mm", torch.bfloat16), ("eager", torch.float32), ("grouped_mm", torch.float32)]
     names = {f"transformers {i} {str(d)[6:]}{' compiled' * c}": (i, d, c) for c in (False, True) for i, d in kinds}
-    sides: dict[str, Callable[[], Callable[[], None]]] = {"dsv3": lambda: ours(True), "dsv3 eager": lambda: ours(False)}
+    sides: dict[str, Callable[[], Callable[[], None]]] = {
+        "dsv3": lambda: ours(False),
+        "dsv3 compiled": lambda: ours(True),
+    }
     sides |= {name: (lambda arguments=arguments: theirs(*arguments)) for name, arguments in names.items()}
     ready, failed = warm(sides, 2)
     seconds = interleave(ready, options.rounds)
@@ -128,14 +134,16 @@ def main() -> None:
         )
         for kind, compiled in (("eager", False), ("compiled", True))
     }
+    flops = training_flops_per_token(MODEL, LENGTH, causal=True)
     result = {
         "bench": "train_step",
         "ratio_to_best_eager": round(speed["dsv3"] / speed[best["eager"]], 3) if best["eager"] else None,
         "ratio_to_best_compiled": round(speed["dsv3"] / speed[best["compiled"]], 3) if best["compiled"] else None,
         "best_eager": best["eager"],
         "best_compiled": best["compiled"],
+        "share_of_matmul_rate": round(speed["dsv3"] * flops / measure_peak(torch.bfloat16), 3),
         "tokens_per_s": {name: round(value) for name, value in speed.items()},
-        "peak_mib": {"dsv3": round(memory("ours", True))}
+        "peak_mib": {"dsv3": round(memory("ours", False))}
         | {name: round(memory("theirs", *names[name])) for name in best.values() if name},
         "failed": failed,
         **machine(),

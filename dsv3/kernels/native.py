@@ -80,6 +80,11 @@ def call(name: str, *arguments: object) -> None:
     kernels[name](*(_convert(a) for a in arguments), ctypes.c_int(torch.get_num_threads()))
 
 
+def address(x: Tensor) -> ctypes.c_void_p:
+    """Of a tensor that is not contiguous, whose strides the caller passes along."""
+    return ctypes.c_void_p(x.data_ptr())
+
+
 def _convert(value: object) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dsv3.kernels.attention import attend_full, attend_latent
 from dsv3.kernels.experts import expert_mlp
 from dsv3.kernels.moe import route, sequence_balance_loss, sort_by_expert
+from dsv3.kernels.norm import rms_norm
 from dsv3.model.cache import LatentCache
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import apply_rope, rope_table
@@ -389,14 +390,15 @@ class Experts(nn.Module):
         return expert_mlp(x, self.gate_up_proj, self.down_proj, weights, order, inverse, counts)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.Module):
     """x·rsqrt(mean x² + eps)·w, all in float32 and rounded once (spec 3.6; transformers rounds twice)."""
 
     def __init__(self, dim: int, eps: float) -> None:
-        super().__init__(dim, eps=eps)
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def _run(layer: nn.Module, x: Tensor, context: Context, seen: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -174,8 +174,6 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:
         """Forward and backward over the micro-batches; float32 gradients of the batch's mean loss in self._grads."""
-        for grad in self._grads:
-            grad.zero_()
         rows, total, counts = batch.tokens.shape[0], None, None
         for start in range(0, rows, self.config.micro_batch):
             micro = slice(start, min(start + self.config.micro_batch, rows))
@@ -199,9 +197,13 @@ class Trainer:
                 )
             (losses.total * share).backward()
             for grad, parameter in zip(self._grads, self.twin.parameters(), strict=True):
-                if parameter.grad is not None:
+                if parameter.grad is not None and start == 0:
+                    grad.copy_(parameter.grad)
+                elif parameter.grad is not None:
                     grad.add_(parameter.grad)
-                    parameter.grad = None
+                elif start == 0:
+                    grad.zero_()
+                parameter.grad = None
             scaled = [loss * share for loss in (losses.total.detach(), losses.main, *losses.mtp, losses.balance)]
             total = scaled if total is None else [a + b for a, b in zip(total, scaled)]
             counts = hidden.routing.counts if counts is None else counts + hidden.routing.counts
