@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,18 @@ _HOMES = {
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype = "bfloat16", device: str = "cpu", *, mtp: bool = True
+    path: str | Path,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str = "cpu",
+    *,
+    mtp: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepseekV3, Tokenizer]:
     """Open any checkpoint of the architecture: (model, tokenizer). FP8 files are dequantised on the way, on any device.
 
     Args:
         mtp: load the MTP layers; False for files that lost them (a transformers re-save does).
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
         ValueError: a tensor is missing, unexpected, truncated or tampered with, or the tokenizer does not round-trip.
@@ -39,7 +46,8 @@ def load(
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.model.weights import load_model
 
-    return load_model(Path(path), dtype=dtype, device=device, mtp=mtp), Tokenizer.from_file(Path(path))
+    tokenizer = Tokenizer.from_file(Path(path))  # first: it fails at once, weights take their time
+    return load_model(Path(path), dtype=dtype, device=device, mtp=mtp, progress=progress), tokenizer
 
 
 def save(model: DeepseekV3, path: str | Path, *, tokenizer: Tokenizer | None = None) -> None:

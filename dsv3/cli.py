@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +252,10 @@ def _generate(verb: Generate) -> None:
     params = dsv3.SamplingParams(
         max_tokens=verb.max_tokens, temperature=verb.temperature, top_p=verb.top_p, seed=verb.seed
     )
-    model, tokenizer = dsv3.load(_checkpoint(verb.checkpoint), dtype=verb.dtype, device=verb.device)
+    with _loading_bar() as progress:
+        model, tokenizer = dsv3.load(
+            _checkpoint(verb.checkpoint), dtype=verb.dtype, device=verb.device, progress=progress
+        )
     engine = dsv3.Engine(model, tokenizer)
     for prompt, sample in zip(verb.prompt, engine.generate(verb.prompt, params, speculate=verb.speculate)):
         print(f"{prompt}{sample.text}")
@@ -271,6 +274,18 @@ def _bars(texts: Texts) -> Iterator[Progress]:
     with Bars(console=Console(stderr=True)) as bars:
         tasks = {name: bars.add_task(f"    {name}", total=len(part)) for name, part in texts.train.items()}
         yield lambda source, documents, tokens: bars.update(tasks[source], completed=documents)
+
+
+@contextmanager
+def _loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """Bytes of a checkpoint as they are read, with rate and ETA; gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _open_tokenizer(spec: str) -> Tokenizer:

@@ -52,10 +52,9 @@ def _expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     """-> out (N, D) and h (R, 2·I), the products before SwiGLU."""
     x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
-    rows, out, y = order.numel(), torch.empty_like(x), x.new_empty(order.numel(), x.shape[1])
-    h = x.new_empty(rows, gate_up.shape[1])
+    out, h = torch.empty_like(x), x.new_empty(order.numel(), gate_up.shape[1])
     sizes = (*weights.shape, x.shape[1], down.shape[-1], down.shape[0])
-    native.call("experts_forward", x, gate_up, down, weights, order, inverse, _offsets(counts), h, y, out, *sizes)
+    native.call("experts_forward", x, gate_up, down, weights, order, inverse, _offsets(counts), h, out, *sizes)
     return out, h
 
 
@@ -65,12 +64,10 @@ def _backward(
     counts: Tensor, h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_out, x, gate_up, down, weights = (t.contiguous() for t in (d_out, x, gate_up, down, weights))
-    rows = order.numel()
-    scratch = torch.empty_like(h), h.new_empty(rows, down.shape[-1]), x.new_empty(rows, x.shape[1])
     grads = [torch.empty_like(t) for t in (x, gate_up, down, weights)]
     sizes = (*weights.shape, x.shape[1], down.shape[-1], down.shape[0])
     native.call(
-        "experts_backward", d_out, x, gate_up, down, weights, order, inverse, _offsets(counts), h, *scratch, *grads, *sizes
+        "experts_backward", d_out, x, gate_up, down, weights, order, inverse, _offsets(counts), h, *grads, *sizes
     )  # fmt: skip
     return grads[0], grads[1], grads[2], grads[3]
 

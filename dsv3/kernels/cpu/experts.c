@@ -4,6 +4,7 @@
    rows: it packs the expert's matrices into its core's cache once, and gathers the tokens while it packs them, so that no pass
    over memory only permutes. Weight gradients are a task an expert and a band of output rows.
    Legend: N tokens, D model, R = N·K rows, E experts, I expert width, G = 2·I (gate rows, then up rows). */
+#include <stdatomic.h>
 #include <sys/mman.h>
 
 #include "tile.h"
@@ -15,6 +16,20 @@ static void fresh(void *at, size_t bytes) {
     const uintptr_t huge = 2 << 20, from = ((uintptr_t)at + huge - 1) / huge * huge, to = ((uintptr_t)at + bytes) / huge * huge;
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 }
+
+/* Rows that live only within a call, kept between calls: one buffer, taken by whoever comes first; another caller makes its own. */
+typedef struct { size_t bytes; char pad[56]; } Buffer; /* the rows start a cache line behind it */
+static _Atomic(Buffer *) spare;
+static Buffer *borrow(size_t bytes) {
+    Buffer *b = atomic_exchange(&spare, NULL);
+    if (b && b->bytes >= bytes) return b;
+    free(b);
+    b = allocate(sizeof(Buffer) + bytes);
+    fresh(b, sizeof(Buffer) + bytes);
+    b->bytes = bytes;
+    return b;
+}
+static void give_back(Buffer *b) { free(atomic_exchange(&spare, b)); }
 
 typedef struct { long expert, first, end; } Task;
 /* Every expert's rows in chunks; null tasks: only count. */
@@ -68,7 +83,7 @@ static void forward_task(Work w, Task task, const bf16 *x, const bf16 *gate_up, 
     for (long r = task.first; r < task.end; r += ROWS) {
         gather16(rows, x, order, K, D, r, task.end);
         pack_lanes(w.a, ROWS, rows, D);
-        block(D / 2, w.a, ROWS, w.first, D / 2, G, w.c, G, 0);
+        block_rows(task.end - r, D / 2, w.a, ROWS, w.first, D / 2, G, w.c, G, 0);
         for (int i = 0; i < ROWS && r + i < task.end; i++) {
             bf16 *hr = h + (r + i) * G;
             const __m512 weight = _mm512_set1_ps(weights[order[r + i]]);
@@ -80,15 +95,15 @@ static void forward_task(Work w, Task task, const bf16 *x, const bf16 *gate_up, 
         }
         follow16(rows, w.act, I, 0, task.end - r);
         pack_lanes(w.a, ROWS, rows, I);
-        block(I / 2, w.a, ROWS, w.second, I / 2, D, w.c, D, 0);
+        block_rows(task.end - r, I / 2, w.a, ROWS, w.second, I / 2, D, w.c, D, 0);
         for (int i = 0; i < ROWS && r + i < task.end; i++)
             for (long d = 0; d < D; d += 16) store_bf16(y + (r + i) * D + d, _mm512_loadu_ps(w.c + i * D + d));
     }
 }
 
-/* out (N, D), h (R, G), scratch y (R, D). */
+/* out (N, D), h (R, G). */
 void experts_forward(const bf16 *x, const bf16 *gate_up, const bf16 *down, const float *weights, const int64_t *order,
-                     const int64_t *inverse, const int64_t *offsets, bf16 *h, bf16 *y, bf16 *out, long N, long K, long D, long I,
+                     const int64_t *inverse, const int64_t *offsets, bf16 *h, bf16 *out, long N, long K, long D, long I,
                      long E, int threads) {
     Arena size = {NULL, 0};
     carve(&size, D, I);
@@ -96,7 +111,8 @@ void experts_forward(const bf16 *x, const bf16 *gate_up, const bf16 *down, const
     Task *tasks = allocate((n + 1) * sizeof(Task));
     make_tasks(tasks, offsets, E);
     fresh(h, N * K * 2 * I * 2);
-    fresh(y, N * K * D * 2);
+    Buffer *buffer = borrow(N * K * D * 2);
+    bf16 *y = (bf16 *)(buffer + 1);
 #pragma omp parallel num_threads(threads)
     {
         Arena scratch = {allocate(size.used), 0};
@@ -106,6 +122,7 @@ void experts_forward(const bf16 *x, const bf16 *gate_up, const bf16 *down, const
         sum_copies(out, y, inverse, N, K, D);
         free(scratch.base);
     }
+    give_back(buffer);
     free(tasks);
 }
 
@@ -121,7 +138,7 @@ static void backward_task(Work w, Task task, const bf16 *d_out, const bf16 *gate
     for (long r = task.first; r < task.end; r += ROWS) {
         gather16(rows, d_out, order, K, D, r, task.end);
         pack_lanes(w.a, ROWS, rows, D);
-        block(D / 2, w.a, ROWS, w.first, D / 2, I, w.c, I, 0);
+        block_rows(task.end - r, D / 2, w.a, ROWS, w.first, D / 2, I, w.c, I, 0);
         for (int i = 0; i < ROWS && r + i < task.end; i++) {
             const bf16 *hr = h + (r + i) * G;
             const __m512 weight = _mm512_set1_ps(weights[order[r + i]]);
@@ -139,7 +156,7 @@ static void backward_task(Work w, Task task, const bf16 *d_out, const bf16 *gate
         }
         follow16(rows, dh, G, r, task.end);
         pack_lanes(w.a, ROWS, rows, G);
-        block(I, w.a, ROWS, w.second, I, D, w.c, D, 0);
+        block_rows(task.end - r, I, w.a, ROWS, w.second, I, D, w.c, D, 0);
         for (int i = 0; i < ROWS && r + i < task.end; i++)
             for (long d = 0; d < D; d += 16) store_bf16(dx_rows + (r + i) * D + d, _mm512_loadu_ps(w.c + i * D + d));
     }
@@ -186,11 +203,10 @@ static void weight_gradient(Grad g, bf16 *dw, const bf16 *left, const int64_t *l
     for (long i = 0; i < rows * width; i += 16) store_bf16(dw + first * width + i, _mm512_loadu_ps(g.c + i));
 }
 
-/* dx (N, D), d_gate_up, d_down, d_weights (N, K); scratch dh (R, G), act (R, I), dx_rows (R, D). */
+/* dx (N, D), d_gate_up, d_down, d_weights (N, K). */
 void experts_backward(const bf16 *d_out, const bf16 *x, const bf16 *gate_up, const bf16 *down, const float *weights,
-                      const int64_t *order, const int64_t *inverse, const int64_t *offsets, const bf16 *h, bf16 *dh, bf16 *act,
-                      bf16 *dx_rows, bf16 *dx, bf16 *d_gate_up, bf16 *d_down, float *d_weights, long N, long K, long D, long I,
-                      long E, int threads) {
+                      const int64_t *order, const int64_t *inverse, const int64_t *offsets, const bf16 *h, bf16 *dx,
+                      bf16 *d_gate_up, bf16 *d_down, float *d_weights, long N, long K, long D, long I, long E, int threads) {
     const long G = 2 * I, up_band = band(G, D), down_band = band(D, I);
     const long ups = (G + up_band - 1) / up_band, downs = (D + down_band - 1) / down_band;
     Arena size = {NULL, 0}, grad_size = {NULL, 0}, other = {NULL, 0};
@@ -201,9 +217,8 @@ void experts_backward(const bf16 *d_out, const bf16 *x, const bf16 *gate_up, con
     const long n = make_tasks(NULL, offsets, E);
     Task *tasks = allocate((n + 1) * sizeof(Task));
     make_tasks(tasks, offsets, E);
-    fresh(dh, N * K * G * 2);
-    fresh(act, N * K * I * 2);
-    fresh(dx_rows, N * K * D * 2);
+    Buffer *buffer = borrow(N * K * (G + I + D) * 2);
+    bf16 *dh = (bf16 *)(buffer + 1), *act = dh + N * K * G, *dx_rows = act + N * K * I;
     fresh(d_gate_up, E * G * D * 2);
     fresh(d_down, E * D * I * 2);
 #pragma omp parallel num_threads(threads)
@@ -230,5 +245,6 @@ void experts_backward(const bf16 *d_out, const bf16 *x, const bf16 *gate_up, con
         }
         free(scratch.base);
     }
+    give_back(buffer);
     free(tasks);
 }

@@ -124,16 +124,21 @@ INLINE void tile(const int nv, long pairs, const uint32_t *a, long a_stride, con
         for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + i * ldc + 16 * j, acc[i][j]);
 }
 
-/* c (16, width) = or += a (pairs words of 16 rows, a_stride apart) times panels (each panel_pairs long) of B. */
-static void block(long pairs, const uint32_t *a, long a_stride, const uint32_t *panels, long panel_pairs, long width, float *c,
-                  long ldc, int add) {
+/* c (rows up to 16, width) = or += a (pairs words of 16 rows, a_stride apart) times panels (each panel_pairs long) of B. */
+static void block_rows(long rows, long pairs, const uint32_t *a, long a_stride, const uint32_t *panels, long panel_pairs, long width,
+                       float *c, long ldc, int add) {
     for (long w = 0; w < width; w += LANES) {
         const uint32_t *b = panels + w * panel_pairs;
-        for (int i = 0; i < ROWS; i += 8) {
+        for (int i = 0; i < ROWS && i < rows; i += 8) {
             if (width - w >= LANES) tile(2, pairs, a + i, a_stride, b, c + i * ldc + w, ldc, add);
             else tile(1, pairs, a + i, a_stride, b, c + i * ldc + w, ldc, add);
         }
     }
+}
+
+static void block(long pairs, const uint32_t *a, long a_stride, const uint32_t *panels, long panel_pairs, long width, float *c,
+                  long ldc, int add) {
+    block_rows(ROWS, pairs, a, a_stride, panels, panel_pairs, width, c, ldc, add);
 }
 
 /* Scratch of a thread: 64-byte aligned pieces of one allocation. Call with base null to learn the size. */
