@@ -267,7 +267,7 @@ def _final(result: dict[str, Any]) -> dict[str, Any]:
         **{k: result[k] for k in ("arm", "seed", "parameters", "active", "cache_values")},
         "bits_per_byte": result["curve"][-1]["bpb"], **mean,
         "max_vio_whole_run": statistics.fmean(whole) if whole else None,
-        "accepted": result["curve"][-1]["accepted"],
+        "accepted": next((p["accepted"] for p in reversed(result["curve"]) if p["accepted"] is not None), None),
         "distinct_4grams": result.get("distinct_4grams"), "known_words": result.get("known_words"),
     }  # fmt: skip
 
