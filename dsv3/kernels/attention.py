@@ -40,7 +40,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     batch, heads, tokens, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[-1])
     logsumexp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    views = [native.View.of(_rows(x)) for x in (q, k, v)]
+    inputs = [_rows(x) for x in (q, k, v)]  # held until the call is over
+    views = [native.View.of(x) for x in inputs]
     native.call("attention_forward", *views, out, logsumexp, *q.shape, v.shape[-1], scale)
     return out, logsumexp
 

@@ -62,6 +62,17 @@ def test_native_causal():
     assert torch.equal(logsumexp, alone[1])
 
 
+def test_any_strides():
+    """Widths that do not lie side by side, and a gradient that is one number spread out."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 32, 40).bfloat16().transpose(2, 3).requires_grad_() for _ in range(3)]
+    y = [t.detach().contiguous().requires_grad_() for t in x]
+    outs = [attend_full(*t, scale=0.2) for t in (x, y)]
+    assert torch.equal(*outs)
+    for a, b in zip(torch.autograd.grad(outs[0].sum(), x), torch.autograd.grad(outs[1].sum(), y)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(native.library() is None, reason="this CPU runs the torch path")
 def test_large_and_non_finite_scores():
     """Scores of thousands neither overflow nor vanish; a NaN comes out as a NaN, for the trainer to stop at."""
