@@ -44,9 +44,11 @@ def load(
         ValueError: a tensor is missing, unexpected, truncated or tampered with, or the tokenizer does not round-trip.
     """
     from dsv3.data.tokenizer import Tokenizer
+    from dsv3.model.config import ModelConfig
     from dsv3.model.weights import load_model
 
-    tokenizer = Tokenizer.from_file(Path(path))  # first: it fails at once, weights take their time
+    ModelConfig.from_hf(Path(path) / "config.json")  # the small files first: they fail at once, weights take their time
+    tokenizer = Tokenizer.from_file(Path(path))
     return load_model(Path(path), dtype=dtype, device=device, mtp=mtp, progress=progress), tokenizer
 
 
