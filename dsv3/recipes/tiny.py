@@ -62,7 +62,7 @@ class TinyConfig:
     """Folder of the run; the same command resumes an interrupted one."""
     data: tuple[str, ...] = ()
     """PATH or NAME=WEIGHT:PATH[,PATH] ...; none: the Python standard library's sources and documentation."""
-    steps: int = 500
+    steps: int = 360
     """Optimizer steps of 16 rows of 256 tokens."""
     seed: int = 0
     model: ModelConfig = MODEL
