@@ -24,6 +24,7 @@ from torch import Tensor
 
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall")
 SOURCES = Path(__file__).parent / "cpu"
+NULL = ctypes.c_void_p(None)
 
 
 class View(ctypes.Structure):
