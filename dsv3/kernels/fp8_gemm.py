@@ -17,6 +17,8 @@ Legend: R rows, K contraction, N columns, E experts, T tiles. Does not: cast (se
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def fp8_grouped_mm_reference(
 ) -> Tensor:  # fmt: skip
     """The same by torch, an expert and a tile at a time."""
     y, bounds = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32), offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for expert, (start, end) in enumerate(pairwise(bounds)):
         if a_scales is None:  # a band of rows of the weight at a time: it is never whole
             for n in range(0, b.shape[1], TILE):
                 band = b[expert, n : n + TILE]
@@ -105,7 +107,7 @@ def fp8_grouped_wgrad_reference(
 ) -> Tensor:
     """The same by torch, an expert and a tile at a time."""
     dw, bounds = a_scales.new_zeros(offsets.numel() - 1, a.shape[0], b.shape[0]), offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for expert, (start, end) in enumerate(pairwise(bounds)):
         first = start // TILE + expert
         used = slice(first, first + tiles(end - start))
         dw[expert] = _sum_tiles(a[:, start:end], a_scales[:, used], b[:, start:end], b_scales[:, used], sum_bits)

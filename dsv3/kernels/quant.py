@@ -20,6 +20,7 @@ Does not: multiply (see gemm.py) or choose what is cast (see model/fp8.py).
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def cast_columns_reference(x: Tensor, offsets: Tensor, pow2: bool = False) -> tu
     (rows, width), bounds = x.shape, offsets.tolist()
     codes = torch.empty(width, rows, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.zeros(width, rows // TILE + len(bounds) - 1, device=x.device)
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             codes[:, start:end], part = cast_tiles_reference(x[start:end].t(), pow2)
             first = start // TILE + expert
