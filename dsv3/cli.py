@@ -93,7 +93,8 @@ class Pretrain:
     seq_len: int = 256
     peak_lr: float = 4e-3
     warmup_steps: int = 30
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32", "fp8"] = "bfloat16"
+    """Of the products. fp8 is the report's recipe, computed in FP8 or emulated exactly, as the machine can."""
     mask_documents: bool = False
     recompute: bool = False
     compile: bool = False

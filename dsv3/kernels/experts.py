@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv3.kernels import native
 from dsv3.kernels.gemm import grouped_linear
 from dsv3.kernels.moe import permute, unpermute
+from dsv3.kernels.swiglu import swiglu
 
 
 def expert_mlp(
@@ -42,7 +43,7 @@ def expert_mlp_reference(
     """The same, an operation at a time."""
     gate, up = grouped_linear(permute(x, order, inverse), gate_up, counts).chunk(2, dim=-1)
     # Weighted before the down projection: the same sum, on I values a row instead of D.
-    act = (F.silu(gate) * up * permute(weights.reshape(-1, 1), order, inverse)).to(x.dtype)
+    act = swiglu(gate, up, permute(weights.reshape(-1, 1), order, inverse))
     return unpermute(grouped_linear(act, down, counts), order, inverse, weights.shape[-1])
 
 

@@ -28,6 +28,7 @@ from dsv3.kernels.attention import attend_full, attend_latent
 from dsv3.kernels.experts import expert_mlp
 from dsv3.kernels.moe import route, sequence_balance_loss, sort_by_expert
 from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.swiglu import swiglu
 from dsv3.model.cache import LatentCache
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import apply_rope, rope_table
@@ -200,9 +201,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.is_moe(index) else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        y, routing = self.mlp(self.post_attention_layernorm(x), context)
+        x = x + self.attention_block(x, context)
+        y, routing = self.mlp_block(x, context)
         return x + y, routing
+
+    def attention_block(self, x: Tensor, context: Context) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), context)
+
+    def mlp_block(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        return self.mlp(self.post_attention_layernorm(x), context)
 
 
 class MTPLayer(DecoderLayer):
@@ -315,7 +322,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, None]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))), None
 
 
 class MoE(nn.Module):

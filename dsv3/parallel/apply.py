@@ -1,7 +1,8 @@
-"""The one ordered list of what is done to a model between its building and its training: compute copy -> recompute -> compile.
+"""The one ordered list of what is done to a model between its building and its training: compute copy (bfloat16, or FP8 as
+well) -> recompute -> compile.
 
-`compute_copy` gives the bfloat16 twin that forwards and backwards run on, while the float32 masters stay with the optimizer:
-every matrix of a product is cast, and embedding, norms, router and router bias are the masters themselves (shared objects).
+`compute_copy` gives the twin that forwards and backwards run on, while the float32 masters stay with the optimizer: every
+matrix of a product is cast, and embedding, norms, router and router bias are the masters themselves (shared objects).
 Expert and data parallelism take their places in this list (issue 6). Does not: start processes.
 """
 
@@ -13,29 +14,43 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dsv3.model.fp8 import fp8_modules, is_swapped, keeping, swap_fp8
 from dsv3.model.transformer import DeepseekV3, RMSNorm, Router
 
 
-def compute_copy(master: DeepseekV3, dtype: torch.dtype) -> DeepseekV3:
-    """A model whose matrices are `dtype` copies of the master's; what must stay float32 is shared with it."""
-    if dtype == torch.float32:
+PRECISIONS = ("bfloat16", "float32", "fp8")
+
+
+def compute_copy(master: DeepseekV3, precision: str) -> DeepseekV3:
+    """A model whose matrices are copies of the master's as wide as they are multiplied; the rest is shared with it.
+
+    Args:
+        precision: "float32" (the master itself), "bfloat16", or "fp8": FP8 codes beside the shared float32 masters for
+            what `model.fp8` swaps, bfloat16 for the rest.
+    """
+    if precision == "float32":
         return master
+    fp8 = precision == "fp8"
     shared: dict[int, object] = {}
-    for module in master.modules():
-        if isinstance(module, (RMSNorm, Router, nn.Embedding)):
+    for path, module in master.named_modules():
+        if isinstance(module, (RMSNorm, Router, nn.Embedding)) or (fp8 and is_swapped(path, module)):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 shared[id(tensor)] = tensor
     twin = copy.deepcopy(master, memo=shared)
     for module in twin.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in shared:
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+                setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+    if fp8:
+        swap_fp8(twin)
     return twin
 
 
 @torch.no_grad()
 def refresh_copy(twin: DeepseekV3, master: DeepseekV3) -> None:
     """Round the masters into the twin again, after an optimizer step."""
+    for module in fp8_modules(twin):
+        module.refresh()
     pairs = [(t, m) for t, m in zip(twin.parameters(), master.parameters(), strict=True) if t is not m]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [m for _, m in pairs])
@@ -44,6 +59,8 @@ def refresh_copy(twin: DeepseekV3, master: DeepseekV3) -> None:
 def prepare(model: DeepseekV3, *, recompute: bool, compile_layers: bool) -> None:
     """Wrap every decoder layer in place. Layers of one kind share one compiled graph, so depth costs no compile time."""
     for layer in model.model.layers:
+        if fp8_modules(layer) and not recompute:
+            layer.attention_block, layer.mlp_block = keeping(layer.attention_block), keeping(layer.mlp_block)
         if recompute:
             forward = layer.forward
             layer.forward = lambda x, context, forward=forward: checkpoint(forward, x, context, use_reentrant=False)

@@ -26,6 +26,7 @@ from torch import nn
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import save_checkpoint
+from dsv3.train.optim import AdamW
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -43,7 +44,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 def save_training(
     run: Path,
     model: DeepseekV3,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     tokenizer: Tokenizer | None,
     state: Mapping[str, Any],
     *,
@@ -96,9 +97,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_training(checkpoint: Path, model: DeepseekV3, optimizer: torch.optim.Optimizer) -> None:
+def load_training(checkpoint: Path, model: DeepseekV3, optimizer: AdamW) -> None:
     """Fill the masters, router biases and optimizer moments in place, bit for bit."""
-    _materialise(optimizer)
+    optimizer.materialise()  # so that the load has tensors to fill
     tensors = _tensors(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,7 +118,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
     return lines
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}.{key}": value
@@ -125,17 +126,6 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
         for key, value in entry.items()
     }
     return {"model": dict(model.state_dict()), "optimizer": moments}
-
-
-def _materialise(optimizer: torch.optim.Optimizer) -> None:
-    """Create AdamW's moments, which it makes at its first step, so that a load has tensors to fill."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
 
 def _sync(folder: Path) -> None:

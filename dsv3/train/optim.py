@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from dsv3.model.transformer import DeepseekV3
 
@@ -86,12 +88,55 @@ class ScheduleConfig:
         return self.mtp_weight if step / self.steps < self.constant_until else self.mtp_weight / 3
 
 
-def build_optimizer(model: nn.Module, *, weight_decay: float = 0.1) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, with moments of a narrower dtype if asked (report section 3.3.3: bfloat16). torch's fused CPU kernel wants all
+    in one dtype, so the moments of one parameter at a time are widened, stepped in float32, and rounded back."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, moments: torch.dtype, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.moments = moments
+
+    def materialise(self) -> None:
+        """Create the moments, as torch does at its first step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter, dtype=self.moments),
+                        "exp_avg_sq": torch.zeros_like(parameter, dtype=self.moments),
+                    }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        assert closure is None
+        self.materialise()
+        if self.moments == torch.float32:
+            super().step()
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        wide = [state[name].float() for name in ("exp_avg", "exp_avg_sq")]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [parameter], [parameter.grad], [wide[0]], [wide[1]], [], [state["step"]], fused=True, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        state["exp_avg"].copy_(wide[0])
+        state["exp_avg_sq"].copy_(wide[1])
+
+
+def build_optimizer(model: nn.Module, *, weight_decay: float = 0.1, moments: torch.dtype = torch.float32) -> AdamW:
     """AdamW (0.9, 0.95) over float32 masters; decay on matrices only (report section 4.2)."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return AdamW(groups, moments=moments, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from dsv3.data.loader import Batch, Loader, count_bytes
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.transformer import DeepseekV3
-from dsv3.parallel.apply import compute_copy, prepare, refresh_copy
+from dsv3.parallel.apply import PRECISIONS, compute_copy, prepare, refresh_copy
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.loss import Losses, training_losses
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
@@ -49,8 +49,9 @@ class TrainConfig:
     """Factor of the sequence-wise balance loss."""
     clip: float = 1.0
     weight_decay: float = 0.1
-    dtype: str = "bfloat16"
-    """Of the products; masters, gradients and moments are float32."""
+    precision: str = "bfloat16"
+    """Of the products: bfloat16, float32, or fp8 (the report's recipe, emulated where there is no FP8 hardware). Masters and
+    gradients are float32; so are Adam's moments, but bfloat16 with fp8."""
     mask_documents: bool = False
     """Keep attention inside a document. The report does not (section 4.1)."""
     recompute: bool = False
@@ -66,8 +67,10 @@ class TrainConfig:
     """Stop after this many steps of this sitting (the schedule is unchanged); None: to the end."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}: train in 'bfloat16' or 'float32'")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}: train in one of {', '.join(PRECISIONS)}")
+        if self.compile and self.precision == "fp8":
+            raise ValueError("compile=True with precision 'fp8' is not supported: drop one of the two")
         if self.compile and self.schedule.batch_ramp_from is not None:
             raise ValueError(
                 f"compile=True with batch_ramp_from {self.schedule.batch_ramp_from} would compile every batch size anew: drop one"
@@ -109,14 +112,18 @@ class Trainer:
         self.tokenizer, self.held_out = tokenizer, held_out
         self.device = model.lm_head.weight.device
         self.depth = model.config.num_nextn_predict_layers
-        self.optimizer = build_optimizer(model, weight_decay=config.weight_decay)
+        self.optimizer = build_optimizer(
+            model,
+            weight_decay=config.weight_decay,
+            moments=torch.bfloat16 if config.precision == "fp8" else torch.float32,
+        )
         self.step_index, self.tokens = 0, 0
         self.identity = {
             "model": model.config.to_hf(),
             "train": config.identity(),
             "tokenizer": tokenizer.fingerprint if tokenizer else None,
         }
-        self.twin = compute_copy(model, getattr(torch, config.dtype))
+        self.twin = compute_copy(model, config.precision)
         prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
         self._grads = [torch.zeros_like(parameter) for parameter in model.parameters()]
 
@@ -237,7 +244,7 @@ class Trainer:
 
             return hook
 
-        plain = compute_copy(self.model, getattr(torch, self.config.dtype))
+        plain = compute_copy(self.model, self.config.precision)
         handles = [m.register_forward_hook(look(name)) for name, m in plain.named_modules() if name]
         try:
             plain.hidden(tokens, depth=self.depth)
@@ -259,7 +266,7 @@ class Trainer:
         schedule = self.config.schedule
         end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
         flops = training_flops_per_token(self.model.config, self.config.seq_len, causal=True, mtp=self.depth > 0)
-        peak = measure_peak(getattr(torch, self.config.dtype), self.device)
+        peak = measure_peak(torch.float32 if self.config.precision == "float32" else torch.bfloat16, self.device)
         log = MetricsLog(self.folder, resume_step=self.step_index)
         with log, Console(schedule.steps, start_step=self.step_index) as console, _interruptible() as interrupted:
             if resumed is not None:

@@ -66,7 +66,7 @@ def test_training_lowers_the_loss_and_keeps_the_newest(corpus, tmp_path):
 def test_micro_batches_give_the_whole_batch_gradient(corpus, tmp_path):
     grads = []
     for micro in (4, 2, 3):
-        run = trainer(corpus, tmp_path, micro_batch=micro, dtype="float32", alpha=0.0)
+        run = trainer(corpus, tmp_path, micro_batch=micro, precision="float32", alpha=0.0)
         _, counts = run._accumulate(run.loader.next_batch(4), 0.3)
         grads.append((run._grads, counts))
     for other, counts in grads[1:]:
@@ -77,8 +77,8 @@ def test_micro_batches_give_the_whole_batch_gradient(corpus, tmp_path):
 
 def test_bfloat16_follows_float32(corpus, tmp_path):
     last = []
-    for dtype in ("float32", "bfloat16"):
-        run = trainer(corpus, tmp_path / dtype, dtype=dtype)
+    for precision in ("float32", "bfloat16"):
+        run = trainer(corpus, tmp_path / precision, precision=precision)
         assert all(p.dtype == torch.float32 for p in run.model.parameters())
         last.append([run.step()["loss"] for _ in range(6)])
     assert last[0] == pytest.approx(last[1], rel=2e-2)

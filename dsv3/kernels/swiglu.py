@@ -1,0 +1,84 @@
+"""SwiGLU in float32, rounded once:  y = silu(gate) · up · w,  silu(x) = x / (1 + exp -x).
+
+w is a factor a row (an expert's routing weight) or absent. In C for bfloat16 on the CPU (cpu/swiglu.c); composed of torch
+operations it makes several passes and rounds between them. Source: arXiv 2002.05202. Legend: R rows, I width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.kernels import native
+
+
+def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """gate, up (..., I), weights (R, 1) float32 for R rows -> (..., I) in the dtype of gate."""
+    if not native.fits(gate, up):
+        return swiglu_reference(gate, up, weights)
+    rows = [x.flatten(0, -2) for x in (gate, up)]
+    return _swiglu(*rows, weights).view(gate.shape)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same by torch."""
+    y = F.silu(gate.float()) * up.float()
+    return (y if weights is None else y * weights).to(gate.dtype)
+
+
+@torch.library.custom_op("dsv3::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
+    """gate, up (R, I) with any distance between rows -> (R, I)."""
+    gate, up = _rows(gate), _rows(up)
+    y = gate.new_empty(gate.shape)
+    native.call(
+        "swiglu_forward", native.address(gate), native.address(up), _or_null(weights), y, *gate.shape,
+        gate.stride(0), up.stride(0),
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("dsv3::swiglu_backward", mutates_args=())
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up, dy = _rows(gate), _rows(up), dy.contiguous()
+    d_gate, d_up = (x.new_empty(x.shape) for x in (gate, up))
+    d_weights = torch.empty(gate.shape[0] if weights is not None else 0, 1)
+    native.call(
+        "swiglu_backward", dy, native.address(gate), native.address(up), _or_null(weights), d_gate, d_up,
+        d_weights if weights is not None else native.NULL, *gate.shape, gate.stride(0), up.stride(0),
+    )  # fmt: skip
+    return d_gate, d_up, d_weights
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _or_null(weights: Tensor | None) -> object:
+    return native.NULL if weights is None else weights.contiguous()
+
+
+@_swiglu.register_fake
+def _(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@_backward.register_fake
+def _(dy, gate, up, weights):
+    d_weights = gate.new_empty((gate.shape[0] if weights is not None else 0, 1), dtype=torch.float32)
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), d_weights
+
+
+def _save(ctx, inputs, output) -> None:
+    gate, up, weights = inputs
+    ctx.weighted = weights is not None
+    ctx.save_for_backward(gate, up, weights)
+
+
+def _differentiate(ctx, dy: Tensor):
+    d_gate, d_up, d_weights = _backward(dy, *ctx.saved_tensors)
+    return d_gate, d_up, d_weights if ctx.weighted else None
+
+
+_swiglu.register_autograd(_differentiate, setup_context=_save)
