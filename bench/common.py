@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +65,13 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "commit": commit,
     }
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def peak_memory_mib() -> float:

@@ -13,7 +13,6 @@ the outer loop. `--plot` alone writes docs/evidence from what there is.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import re
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.common import write_csv
 from dsv3.data.corpus import standard_library
 from dsv3.data.loader import Loader, LoaderConfig, byte_lengths, held_out_batches
 from dsv3.data.shards import Shards
@@ -239,12 +239,12 @@ def report(work: Path) -> None:
         raise SystemExit(f"{work} holds no run: start without --plot")
     DOCS.mkdir(parents=True, exist_ok=True)
     fields = ["step", "loss", "mtp_loss", "max_vio", "bpb", "accepted"]
-    _write(DOCS / "curves.csv", ["arm", "seed", *fields], (
+    write_csv(DOCS / "curves.csv", ["arm", "seed", *fields], (
         [r["arm"], r["seed"], *(_short(point[f]) for f in fields)] for r in results for point in r["curve"]
     ))  # fmt: skip
     finals = [_final(r) for r in results]
-    _write(DOCS / "final.csv", list(finals[0]), ([_short(v) for v in f.values()] for f in finals))
-    _write(DOCS / "samples.csv", ["arm", "seed", "prompt", "text"], (
+    write_csv(DOCS / "final.csv", list(finals[0]), ([_short(v) for v in f.values()] for f in finals))
+    write_csv(DOCS / "samples.csv", ["arm", "seed", "prompt", "text"], (
         [r["arm"], r["seed"], s["prompt"], s["text"]] for r in results if r["arm"] in ("bias 1e-3", "no MTP") and r["seed"] == 0
         for s in r["samples"]
     ))  # fmt: skip
@@ -279,13 +279,6 @@ def _spread(rows: list[dict[str, Any]], key: str) -> str:
 
 def _short(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
-
-
-def _write(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _plot(results: list[dict[str, Any]]) -> None:

@@ -48,6 +48,9 @@ from dsv3.kernels.swiglu import swiglu
 from dsv3.model.census import is_fp8_weight
 from dsv3.model.transformer import DeepseekV3, Experts
 
+# The recipe casts gradients as it casts activations; bench.fp8_evidence puts others in their place to show why.
+cast_gradient, cast_gradient_columns, retile_gradient = cast_tiles, cast_columns, retile
+
 # What the backward of a block keeps of a product's result.
 AS_IS, CODES, NOTHING, AGAIN = "as it is", "codes", "nothing", "again"
 _KEEP = {
@@ -147,8 +150,8 @@ def _linear(
 @torch.library.custom_op("dsv3::fp8_linear_backward", mutates_args=())
 def _linear_backward(dy: Tensor, x: Tensor, w_codes: Tensor, w_scales: Tensor) -> tuple[Tensor, Tensor]:
     rows = one_group(dy.shape[0], dy.device)
-    dx = fp8_mm(*cast_tiles(dy), w_codes.t(), w_scales.t(), torch.bfloat16)
-    return dx, fp8_wgrad(*cast_columns(dy, rows), *cast_columns(x, rows))
+    dx = fp8_mm(*cast_gradient(dy), w_codes.t(), w_scales.t(), torch.bfloat16)
+    return dx, fp8_wgrad(*cast_gradient_columns(dy, rows), *cast_columns(x, rows))
 
 
 @torch.library.custom_op("dsv3::fp8_experts_up", mutates_args=())
@@ -166,9 +169,9 @@ def _experts_up_backward(
     dh: Tensor, codes: Tensor, scales: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor,
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    d_rows = fp8_grouped_mm(*cast_tiles(dh), w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
+    d_rows = fp8_grouped_mm(*cast_gradient(dh), w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
     rows = _dispatch(codes, scales, order, inverse)
-    dw = fp8_grouped_wgrad(*cast_columns(dh, offsets), *retile(*rows, offsets), offsets)
+    dw = fp8_grouped_wgrad(*cast_gradient_columns(dh, offsets), *retile(*rows, offsets), offsets)
     return unpermute(d_rows, order, inverse, order.numel() // codes.shape[0]), dw
 
 
@@ -186,9 +189,9 @@ def _experts_down(
 def _experts_down_backward(
     d_out: Tensor, act: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = _dispatch(*cast_tiles(d_out, pow2=True), order, inverse)
+    rows = _dispatch(*cast_gradient(d_out, pow2=True), order, inverse)
     d_act = fp8_grouped_mm(*rows, w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
-    return d_act, fp8_grouped_wgrad(*retile(*rows, offsets), *cast_columns(act, offsets), offsets)
+    return d_act, fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *cast_columns(act, offsets), offsets)
 
 
 def _dispatch(codes: Tensor, scales: Tensor, order: Tensor, inverse: Tensor) -> Fp8:

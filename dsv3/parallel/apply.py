@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from dsv3.model.fp8 import fp8_modules, is_swapped, keeping, swap_fp8
 from dsv3.model.transformer import DeepseekV3, RMSNorm, Router
 
-
 PRECISIONS = ("bfloat16", "float32", "fp8")
 
 
