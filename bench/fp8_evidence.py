@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench.common import machine, write_csv
-from bench.train_step import MODEL
+from bench.train_step import MODEL as STEP_MODEL
 from dsv3.data.corpus import standard_library
 from dsv3.data.loader import Loader, LoaderConfig, byte_lengths, held_out_batches
 from dsv3.data.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ from dsv3.train.metrics import write_atomic
 from dsv3.train.optim import ScheduleConfig
 from dsv3.train.trainer import HeldOut, TrainConfig, Trainer
 
+MODEL = dataclasses.replace(STEP_MODEL, vocab_size=4352)  # 20.1M parameters
 STEPS, ROWS, LENGTH, EVERY = 1000, 8, 256, 10
 SMOOTHING = 0.9
 DOCS = Path("docs/evidence")
