@@ -23,7 +23,8 @@ def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def swiglu_reference(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
     """The same by torch."""
-    y = F.silu(gate.float()) * up.float()
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    y = F.silu(gate.to(wide)) * up.to(wide)
     return (y if weights is None else y * weights).to(gate.dtype)
 
 

@@ -70,6 +70,7 @@ def swap_fp8(model: DeepseekV3) -> None:
         if not is_swapped(path, module):
             continue
         if isinstance(module, nn.Linear):
+            assert isinstance(module.weight, nn.Parameter)
             swapped = Fp8Linear(module.weight, _KEEP.get(path.rpartition(".")[2], AGAIN))
         else:
             assert isinstance(module, Experts)

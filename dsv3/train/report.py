@@ -88,6 +88,7 @@ def write_report(
         _section("Loss", _grid(_loss_figures(records))),
         _section("Samples", _samples(samples)),
         _section("Expert load", _load(records, config)),
+        _section("FP8 health", _fp8_health(looks)) if (looks := [r for r in records if r.get("fp8")]) else "",
         _section("Throughput", _grid(_throughput_figures(records))),
         _section("Schedules", _grid(_schedule_figures(records))),
         _section("Configuration", _config(config)),
@@ -430,3 +431,54 @@ def _max_vio_chart(loads: Records, config: Mapping[str, Any]) -> str:
 
     worst = [max(values) for values in zip(*curves)]
     return _chart("maxvio", "MaxVio of each layer", _trend("Worst layer's MaxVio", steps, worst), draw)
+
+
+# -- FP8 health -------------------------------------------------------------------------------------------------------
+
+
+def _fp8_health(looks: Records) -> str:
+    words = (
+        "Of every FP8 module's input (x), weight (w) and output gradient (dy): what its cast to e4m3 lost (normal values lose "
+        "2.6%), the share of values at the largest code, and the share that became zero. The curves are the worst module's."
+    )
+    charts = [
+        _health_chart(looks, "error", "Relative error of the worst cast"),
+        _health_chart(looks, "flushed", "Flushed to zero"),
+    ]
+    return _paragraphs(words) + _grid([*charts, _health_table(looks[-1])])
+
+
+def _health_chart(looks: Records, counter: str, caption: str) -> str:
+    steps = [r["step"] for r in looks]
+    worst = {kind: [_worst(r["fp8"], kind, counter) for r in looks] for kind in ("x", "w", "dy")}
+
+    def draw(axes: Axes) -> None:
+        for color, (kind, values) in zip(_SERIES, worst.items()):
+            _line(axes, steps, values, color, kind)
+        axes.set(xlabel="step", ylabel="percent")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    alt = "; ".join(_trend(kind, steps, values) for kind, values in worst.items())
+    return _chart(f"fp8-{counter}", caption, f"{caption}, percent: {alt}", draw)
+
+
+def _worst(health: Mapping[str, Any], kind: str, counter: str) -> float:
+    """In percent, over all modules; an Experts module has two weights."""
+    found = (c[counter] for parts in health.values() for part, c in parts.items() if part.split("_")[0] == kind)
+    return 100 * max(found, default=0.0)
+
+
+def _health_table(record: Mapping[str, Any], most: int = 12) -> str:
+    rows = [(name, part, c) for name, parts in record["fp8"].items() for part, c in parts.items()]
+    rows.sort(key=lambda row: row[2]["error"], reverse=True)
+    head = "".join(f'<th scope="col" class="number">{word}</th>' for word in ("amax", "error", "at 448", "flushed"))
+    body = "".join(
+        f'<tr><th scope="row">{_text(part)} of {_text(name)}</th><td class="number">{c["amax"]:.3g}</td>'
+        f'<td class="number">{c["error"]:.2%}</td><td class="number">{c["saturated"]:.2%}</td>'
+        f'<td class="number">{c["flushed"]:.2%}</td></tr>'
+        for name, part, c in rows[:most]
+    )
+    title = f"The {min(most, len(rows))} of {len(rows)} casts that lost most at step {record['step']:,}"
+    table = f'<thead><tr><th scope="col">cast</th>{head}</tr></thead><tbody>{body}</tbody>'
+    return f'<div class="card"><h3>{title}</h3><div class="scroll"><table>{table}</table></div></div>'

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dsv3.model.census import training_flops_per_token
 from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.apply import PRECISIONS, compute_copy, prepare, refresh_copy
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
+from dsv3.train.health import HealthMonitor
 from dsv3.train.loss import Losses, training_losses
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
 from dsv3.train.optim import ScheduleConfig, build_optimizer, non_finite, update_router_bias
@@ -125,6 +126,7 @@ class Trainer:
         }
         self.twin = compute_copy(model, config.precision)
         prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
+        self.monitor = HealthMonitor(self.twin) if config.precision == "fp8" else None
         self._grads = [torch.zeros_like(parameter) for parameter in model.parameters()]
 
     # -- one step -------------------------------------------------------------------------------------------------------
@@ -138,7 +140,9 @@ class Trainer:
         index, schedule = self.step_index, self.config.schedule
         start, rows = time.perf_counter(), schedule.rows(self.step_index)
         batch = self.loader.next_batch(rows)
-        losses, counts = self._accumulate(batch, schedule.mtp_lambda(index))
+        logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
+        with self.monitor.watching() if self.monitor and logs else nullcontext():
+            losses, counts = self._accumulate(batch, schedule.mtp_lambda(index))
         parameters = list(self.model.parameters())
         for parameter, grad in zip(parameters, self._grads):
             parameter.grad = grad
@@ -172,11 +176,8 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_s": rows * self.config.seq_len / seconds,
             **({"load": expert_load(counts)} if counts.numel() else {}),
-            **(
-                {"expert_counts": counts.tolist()}
-                if index % self.config.log_counts_every == 0 or self.step_index == schedule.steps
-                else {}
-            ),
+            **({"expert_counts": counts.tolist()} if logs else {}),
+            **({"fp8": self.monitor.health} if self.monitor and logs else {}),
         }
 
     def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:
@@ -282,6 +283,8 @@ class Trainer:
                     record |= extra(self)
                 log.write(record)
                 console.update(record)
+                for alarm in self.monitor.alarms() if self.monitor and "fp8" in record else ():
+                    console.log(f"warning, step {self.step_index}: {alarm}")
                 if self.step_index == end or interrupted() or self.step_index % self.config.save_every == 0:
                     self.save()
                 if interrupted():

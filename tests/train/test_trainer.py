@@ -75,13 +75,14 @@ def test_micro_batches_give_the_whole_batch_gradient(corpus, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)  # float32 sums in another order
 
 
-def test_bfloat16_follows_float32(corpus, tmp_path):
+def test_bfloat16_and_fp8_follow_float32(corpus, tmp_path):
     last = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16", "fp8"):
         run = trainer(corpus, tmp_path / precision, precision=precision)
         assert all(p.dtype == torch.float32 for p in run.model.parameters())
         last.append([run.step()["loss"] for _ in range(6)])
     assert last[0] == pytest.approx(last[1], rel=2e-2)
+    assert last[0] == pytest.approx(last[2], rel=2e-2)
 
 
 def test_recompute_changes_nothing(corpus, tmp_path):
@@ -92,10 +93,11 @@ def test_recompute_changes_nothing(corpus, tmp_path):
         assert first["load"] == second["load"]
 
 
-def test_resume_is_bit_identical_in_process(corpus, tmp_path):
-    trainer(corpus, tmp_path / "whole").run()
-    trainer(corpus, tmp_path / "cut", max_steps=5).run()
-    trainer(corpus, tmp_path / "cut").run()
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_resume_is_bit_identical_in_process(corpus, tmp_path, precision):
+    trainer(corpus, tmp_path / "whole", precision=precision).run()
+    trainer(corpus, tmp_path / "cut", max_steps=5, precision=precision).run()
+    trainer(corpus, tmp_path / "cut", precision=precision).run()
     assert curve(tmp_path / "whole") == curve(tmp_path / "cut")
 
 

@@ -1,0 +1,113 @@
+"""Health of FP8 training: what each cast lost, a module at a time, and an alarm that names the module before the loss goes.
+
+Of the input (x), the weight (w) and the output's gradient (dy) of every FP8 module:
+
+    amax        the largest magnitude
+    error       |x - x8| / |x| in the Frobenius norm; 2.6% for normally distributed values, whatever their size
+    saturated   share of values at the largest code, 448: one in 128 when one value leads each tile
+    flushed     share of values other than zero that became zero: what lies 2^18 below its tile's largest
+
+An alarm is raised when something is not finite, when a cast loses more than ERROR or flushes more than FLUSHED, or when an
+amax is GROWTH times the median of what it was before. Looked at on the steps that log expert counts, first micro-batch.
+Source: spec 6.2 (error of a cast). Does not: stop a run; a loss that is not finite does that.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.kernels.quant import E4M3_MAX, cast_blocks, cast_tiles, dequantize_blocks, dequantize_tiles
+from dsv3.model.fp8 import Fp8Linear, fp8_modules
+
+ERROR, FLUSHED, GROWTH = 0.06, 0.25, 32.0
+MOST = 3  # alarms told at a look
+_MEMORY = 50  # looks back for the median of an amax
+_LEAST_LOOKS = 5  # before growth is judged: the first steps of a run move fast
+
+Health = dict[str, dict[str, dict[str, float]]]  # module -> x, w or dy -> counter
+
+
+@torch.no_grad()
+def counters(values: Tensor, *, blocks: bool = False) -> dict[str, float]:
+    """amax, error, saturated and flushed of values (..., K) cast in 1x128 tiles, or with `blocks` (..., O, I) in 128x128."""
+    codes, scales = (cast_blocks if blocks else cast_tiles)(values)
+    exact, back = values.float(), (dequantize_blocks if blocks else dequantize_tiles)(codes, scales, torch.float32)
+    size, used = codes.float().abs(), exact != 0
+    found = torch.stack([
+        exact.abs().max(), (exact - back).norm() / exact.norm().clamp_min(1e-38), (size == E4M3_MAX).float().mean(),
+        ((size == 0) & used).sum() / used.sum().clamp_min(1),
+    ])  # fmt: skip
+    return dict(zip(("amax", "error", "saturated", "flushed"), found.tolist()))
+
+
+class HealthMonitor:
+    """Watches the FP8 modules of a model while `watching()`; `health` is what the last watched step showed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        swapped = set(fp8_modules(model))
+        self._modules = {name: module for name, module in model.named_modules() if module in swapped}
+        self._amax: dict[tuple[str, str], deque[float]] = {}
+        self.health: Health = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at the first forward and backward inside; a module's second run, in a checkpoint's backward, is not counted."""
+        self.health = {}
+        handles = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in self.health or not output.requires_grad:
+                return
+            found = self.health[name] = {"x": counters(inputs[0].detach().flatten(0, -2))}
+            for part, weight in _weights(module):
+                found[part] = counters(weight.detach(), blocks=True)
+            output.register_hook(lambda dy: found.__setitem__("dy", counters(dy.detach().flatten(0, -2))))
+
+        return look
+
+    def alarms(self) -> list[str]:
+        """Up to MOST sentences about the last watched step, the most telling first; and remember its sizes."""
+        said = []
+        for name, parts in self.health.items():
+            for part, found in parts.items():
+                seen = self._amax.setdefault((name, part), deque(maxlen=_MEMORY))
+                cause = _cause(found, seen)
+                if cause:
+                    said.append((not math.isfinite(found["amax"]), found["error"], f"FP8: {part} of {name} {cause}"))
+                if math.isfinite(found["amax"]):
+                    seen.append(found["amax"])
+        sentences = [sentence for *_, sentence in sorted(said, key=lambda s: s[:2], reverse=True)]
+        return sentences[:MOST] + ([f"FP8: and {len(said) - MOST} more, see metrics.jsonl"] if len(said) > MOST else [])
+
+
+def _weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+    if isinstance(module, Fp8Linear):
+        return [("w", module.weight)]
+    return [(f"w_{name.removesuffix('_proj')}", p) for name, p in module.named_parameters(recurse=False)]
+
+
+def _cause(found: dict[str, float], seen: deque[float]) -> str | None:
+    if not math.isfinite(found["amax"]):
+        return "is not finite"
+    if found["error"] > ERROR:
+        return f"loses {found['error']:.1%} in its cast (normal: 2.6%)"
+    if found["flushed"] > FLUSHED:
+        return f"has {found['flushed']:.1%} of its values flushed to zero"
+    usual = statistics.median(seen) if len(seen) >= _LEAST_LOOKS else math.inf
+    if found["amax"] > GROWTH * usual:
+        return f"reaches {found['amax']:.3g}, {found['amax'] / usual:.0f} times its usual {usual:.3g}"
+    return None
