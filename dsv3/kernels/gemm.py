@@ -3,15 +3,19 @@
     y[r] = x[r] @ w[e(r)].T        rows of expert e are x[offsets[e]:offsets[e + 1]]
 
 Three products, as any trainer needs them: fprop above, dgrad  dx[r] = dy[r] @ w[e(r)],  wgrad  dw[e] = dy_eᵀ @ x_e.
+In bfloat16 on CUDA in Triton, which leaves the counts on the device; elsewhere a product an expert.
 `grouped_linear` is differentiable and opaque to torch.compile (row counts are data). `grouped_linear_reference` is the slow
 second opinion. Legend: R rows, E experts, I in, O out.
-Does not: quantise (see quant.py) or decide the order of rows (see moe.py).
+Does not: quantise (see fp8_gemm.py) or decide the order of rows (see moe.py).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dsv3.kernels.triton import use_triton
 
 
 def grouped_linear_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
@@ -23,6 +27,10 @@ def grouped_linear_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 @torch.library.custom_op("dsv3::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """x (R, I) sorted by expert, w (E, O, I) of the same dtype, counts (E,) int64 summing to R -> (R, O)."""
+    if _in_triton(x):
+        from dsv3.kernels.triton import gemm
+
+        return gemm.grouped_mm_bfloat16(x, w, _offsets(counts))
     y = x.new_empty(x.shape[0], w.shape[1])
     start = 0
     for matrix, count in zip(w.unbind(0), counts.tolist()):
@@ -36,6 +44,11 @@ def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 @torch.library.custom_op("dsv3::grouped_linear_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
+    if _in_triton(x):
+        from dsv3.kernels.triton import gemm
+
+        offsets = _offsets(counts)
+        return gemm.grouped_mm_bfloat16(dy, w.mT, offsets), gemm.grouped_wgrad_bfloat16(dy, x.contiguous(), offsets)
     dx, dw = torch.empty_like(x), torch.empty_like(w)
     start = 0
     for matrix, d_matrix, count in zip(w.unbind(0), dw.unbind(0), counts.tolist()):
@@ -47,6 +60,14 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor,
         else:
             d_matrix.zero_()  # an expert without a token: a true zero, never what the memory held before
     return dx, dw
+
+
+def _in_triton(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and use_triton(x)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 @grouped_linear.register_fake

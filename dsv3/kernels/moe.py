@@ -58,7 +58,8 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    return order, inverse, flat.bincount(minlength=n_experts)
+    counts = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for a GPU
+    return order, inverse, counts
 
 
 @sort_by_expert.register_fake

@@ -99,6 +99,9 @@ class Fp8Linear(nn.Module):
     def refresh(self) -> None:
         self.cast = Fp8(*cast_blocks(self.weight))
 
+    def casts(self) -> list[Fp8]:
+        return [self.cast]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) bfloat16 -> (..., O) bfloat16."""
         flat = x.flatten(0, -2)
@@ -117,6 +120,9 @@ class Fp8Experts(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         self.gate_up, self.down = Fp8(*cast_blocks(self.gate_up_proj)), Fp8(*cast_blocks(self.down_proj))
+
+    def casts(self) -> list[Fp8]:
+        return [self.gate_up, self.down]
 
     def forward(self, x: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
         """x (N, D) bfloat16, weights (N, K) float32 -> (N, D), weighted and summed."""

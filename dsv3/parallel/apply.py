@@ -59,7 +59,8 @@ def prepare(model: DeepseekV3, *, recompute: bool, compile_layers: bool) -> None
     """Wrap every decoder layer in place. Layers of one kind share one compiled graph, so depth costs no compile time."""
     for layer in model.model.layers:
         if fp8_modules(layer) and not recompute:
-            layer.attention_block, layer.mlp_block = keeping(layer.attention_block), keeping(layer.mlp_block)
+            for block in ("attention_block", "mlp_block"):
+                setattr(layer, block, keeping(getattr(layer, block)))
         if recompute:
             forward = layer.forward
             layer.forward = lambda x, context, forward=forward: checkpoint(forward, x, context, use_reentrant=False)

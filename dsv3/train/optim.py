@@ -117,14 +117,14 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self._step_one(parameter, parameter.grad, group)
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         wide = [state[name].float() for name in ("exp_avg", "exp_avg_sq")]
         beta1, beta2 = group["betas"]
         adamw(
-            [parameter], [parameter.grad], [wide[0]], [wide[1]], [], [state["step"]], fused=True, amsgrad=False,
+            [parameter], [grad], [wide[0]], [wide[1]], [], [state["step"]], fused=True, amsgrad=False,
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
         state["exp_avg"].copy_(wide[0])
