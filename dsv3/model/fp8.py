@@ -196,7 +196,8 @@ def _experts_down(
 def _experts_down_backward(
     d_out: Tensor, act: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = _dispatch(*cast_gradient(d_out, pow2=True), order, inverse)
+    codes, scales = cast_gradient(d_out, pow2=True)
+    rows = _dispatch(codes, scales, order, inverse)
     d_act = fp8_grouped_mm(*rows, w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
     return d_act, fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *cast_columns(act, offsets), offsets)
 
