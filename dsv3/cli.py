@@ -108,12 +108,34 @@ class Pretrain:
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Table of a checkpoint or config.json: architecture, parameters total and active, bytes per dtype, cache bytes a token.
-    Reads headers, never weights. Example: dsv3 inspect runs/tiny --json"""
+    Reads headers, never weights, unless you ask to --verify. Example: dsv3 inspect runs/tiny --json"""
 
     path: tyro.conf.Positional[Path]
     """A checkpoint folder, a run folder (its newest checkpoint), or a config.json."""
     json: bool = False
     """Exact integers as JSON."""
+    verify: bool = False
+    """Compare every tensor of a checkpoint that dsv3 wrote with its checksum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a checkpoint anew: FP8 to bfloat16 or back, larger or smaller shards, experts fused as transformers 5 holds them.
+    Works on any machine with a shard of memory; cut off, the same command goes on. FP8 that stays FP8 is copied bit for bit.
+    Example: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16"""
+
+    source: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run folder (its newest checkpoint)."""
+    target: tyro.conf.Positional[Path]
+    """A folder that does not exist yet."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "fp8"] = "keep"
+    """fp8: Linears as e4m3 with a scale a 128x128 block, as DeepSeek publishes."""
+    shard_gb: float = 5.0
+    """Most gigabytes (10^9 bytes) a file holds."""
+    fused: bool = False
+    """One tensor a layer for all experts' gate and up projections, one for down."""
+    overwrite: bool = False
+    """Replace a checkpoint that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +152,8 @@ class Generate:
     top_p: float = 1.0
     seed: int = 0
     speculate: bool | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "fp8"] = "bfloat16"
+    """fp8: weights stay in FP8 (or are cast to it), a byte each."""
     device: str = "cpu"
 
 
@@ -140,6 +163,7 @@ Verb = (
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
 )
 
@@ -233,7 +257,14 @@ def _pretrain(verb: Pretrain) -> None:
 def _inspect(verb: Inspect) -> None:
     from dsv3.model.census import inspect
 
-    found = inspect(_checkpoint(verb.path))
+    path = _checkpoint(verb.path)
+    found = inspect(path)
+    if verb.verify:
+        from dsv3.model.weights import verify_checkpoint
+
+        with _bytes_bar("verifying") as progress:
+            count = verify_checkpoint(path, progress)
+        print(f"{count:,} tensors are what was written", file=sys.stderr)
     if verb.json:
         print(json.dumps(found.to_json(), indent=1))
         return
@@ -247,13 +278,29 @@ def _inspect(verb: Inspect) -> None:
     Console().print(table)
 
 
+def _convert(verb: Convert) -> None:
+    from dsv3.model.convert import convert
+    from dsv3.model.shards import Form
+    from dsv3.model.weights import dtype_named
+
+    if not 0 < verb.shard_gb < float("inf"):
+        raise ValueError(f"--shard-gb is {verb.shard_gb}: give a positive number of gigabytes")
+    form = Form(None if verb.dtype == "keep" else dtype_named(verb.dtype), verb.fused)
+    size = max(1, int(verb.shard_gb * 10**9))
+    with _bytes_bar("converting") as progress:
+        target = convert(
+            _checkpoint(verb.source), verb.target, form, shard_bytes=size, overwrite=verb.overwrite, progress=progress
+        )
+    print(f"{target}: look at it with `dsv3 inspect {verb.target}`")
+
+
 def _generate(verb: Generate) -> None:
     import dsv3
 
     params = dsv3.SamplingParams(
         max_tokens=verb.max_tokens, temperature=verb.temperature, top_p=verb.top_p, seed=verb.seed
     )
-    with _loading_bar() as progress:
+    with _bytes_bar("loading") as progress:
         model, tokenizer = dsv3.load(
             _checkpoint(verb.checkpoint), dtype=verb.dtype, device=verb.device, progress=progress
         )
@@ -278,14 +325,14 @@ def _bars(texts: Texts) -> Iterator[Progress]:
 
 
 @contextmanager
-def _loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """Bytes of a checkpoint as they are read, with rate and ETA; gone when done."""
+def _bytes_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Bytes of a checkpoint as they pass, with rate and ETA; gone when done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -343,6 +390,7 @@ _VERBS = {
     Data: _data,
     Pretrain: _pretrain,
     Inspect: _inspect,
+    Convert: _convert,
     Generate: _generate,
 }
 

@@ -18,7 +18,6 @@ Does not: read a single weight; `inspect` reads the headers of the files alone.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,15 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3.model.config import ModelConfig
+from dsv3.model.headers import ITEM_BYTES, Stored, read_headers
 
 BLOCK = 128  # side of a block that shares one scale
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}  # what this architecture is stored in
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-_ALL_ITEM_BYTES = {**ITEM_BYTES, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
-_ALL_ITEM_BYTES |= {"BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-_MAX_HEADER = 100_000_000  # the format's own limit
+SCALE = "_scale_inv"  # behind a weight's name: its scales
 
 
 class Piece(NamedTuple):
@@ -45,14 +39,6 @@ class Piece(NamedTuple):
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
     duplicate: bool = False  # an MTP layer's copy of the embedding or the head
-
-
-class Stored(NamedTuple):
-    """One tensor of a checkpoint's headers."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 # -- names and shapes --------------------------------------------------------------------------------------------------
@@ -99,7 +85,7 @@ def disk_tensors(config: ModelConfig, fp8: bool, dtype: str = "BF16") -> Iterato
     for piece in layout(config):
         if fp8 and is_fp8_weight(piece.disk):
             yield piece.disk, piece.shape, "F8_E4M3"
-            yield piece.disk + "_scale_inv", scale_shape(piece.shape), "F32"
+            yield piece.disk + SCALE, scale_shape(piece.shape), "F32"
         else:
             yield piece.disk, piece.shape, "F32" if is_router_bias(piece.disk) else dtype
 
@@ -116,6 +102,17 @@ def is_router_bias(name: str) -> bool:
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.ceil(size / BLOCK) for size in shape)
+
+
+def scale_of(piece: Piece) -> Piece:
+    """The scales of a piece, on disk and in a model that is kept in FP8: stacked as the weights are, gate's blocks first."""
+    index: tuple[int | slice, ...] = piece.index
+    if len(index) == 2:
+        part = index[1]
+        assert isinstance(part, slice)
+        blocks = math.ceil((part.stop - part.start) / BLOCK)
+        index = (index[0], slice(blocks, 2 * blocks) if part.start else slice(0, blocks))
+    return Piece(piece.disk + SCALE, piece.memory + SCALE, index, scale_shape(piece.shape))
 
 
 def layer_of(name: str) -> int | None:
@@ -284,7 +281,7 @@ def _tally(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> Storage:
         number += 1
         elements[dtype] = elements.get(dtype, 0) + math.prod(shape)
     return Storage(
-        tensors=number, elements=elements, bytes={dtype: n * _ALL_ITEM_BYTES[dtype] for dtype, n in elements.items()}
+        tensors=number, elements=elements, bytes={dtype: n * ITEM_BYTES[dtype] for dtype, n in elements.items()}
     )
 
 
@@ -303,109 +300,6 @@ def _part(name: str) -> str:
         if mark in name:
             return part
     return "dense MLPs"
-
-
-# -- headers of safetensors files --------------------------------------------------------------------------------------
-
-
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by name, from headers and index alone; empty if it holds no weights.
-
-    Checked: each file is as long as its header says, every tensor's bytes fit its shape and dtype and lie inside the
-    file without gap or overlap, the index and the files agree.
-
-    Raises:
-        ValueError: one of these fails; names the file, the tensor and both values.
-    """
-    index = _read_index(folder)
-    if index is None:
-        single = folder / SINGLE_FILE
-        loose = sorted(path.name for path in folder.glob("*.safetensors"))
-        if loose and not single.exists():
-            raise ValueError(f"{folder} has weights ({loose[0]}, ...) but no {INDEX_FILE}: copy the index beside them")
-        return _read_header(single) if loose else {}
-    if (folder / SINGLE_FILE).exists():
-        raise ValueError(
-            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: two checkpoints; delete the one not meant"
-        )
-    found: dict[str, Stored] = {}
-    for file in sorted(set(index.values())):
-        for name, stored in _read_header(folder / file).items():
-            if index.get(name) != file:
-                raise ValueError(
-                    f"{folder / file} holds {name}, but {INDEX_FILE} says {index.get(name, 'no file')}: damaged"
-                )
-            found[name] = stored
-    for name, file in index.items():
-        if name not in found:
-            raise ValueError(
-                f"{INDEX_FILE} says {name} is in {folder / file}, but it is not there: fetch that file again"
-            )
-    return found
-
-
-def _read_index(folder: Path) -> dict[str, str] | None:
-    path = folder / INDEX_FILE
-    if not path.exists():
-        return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): str(file) for name, file in index.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no index ({type(error).__name__}: {error}): it is damaged; fetch it again"
-        ) from None
-    outside = sorted(file for file in set(names.values()) if Path(file).name != file)
-    if outside:
-        raise ValueError(f"{path} points to {outside[0]!r}, outside its folder: an index names files beside it only")
-    return names
-
-
-def _read_header(path: Path) -> dict[str, Stored]:
-    if not path.exists():
-        raise ValueError(f"{path} is missing, though {INDEX_FILE} names it: fetch that file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{path} is truncated: its header takes {length} bytes, the file has {size}: fetch it again"
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged header ({error}): fetch it again") from None
-    data, end = size - 8 - length, 0
-    found: dict[str, Stored] = {}
-    for name, (begin, stop, stored) in sorted(
-        ((name, _read_entry(path, name, entry)) for name, entry in entries.items()), key=lambda item: item[1][:2]
-    ):
-        if begin != end:
-            raise ValueError(f"{path}: {name} begins at byte {begin}, the tensor before it ends at {end}: damaged")
-        if stop > data:
-            raise ValueError(
-                f"{path}: {name} ends at byte {stop}, the file has {data} of data: truncated; fetch it again"
-            )
-        found[name], end = stored, stop
-    if end != data:
-        raise ValueError(f"{path} has {data} bytes of data, its header accounts for {end}: damaged; fetch it again")
-    return found
-
-
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, Stored]:
-    try:
-        dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
-            raise ValueError("negative or not integers")
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: {name} is described as {entry!r}, not dtype, shape, data_offsets: damaged") from None
-    if not isinstance(dtype, str) or dtype not in _ALL_ITEM_BYTES:
-        raise ValueError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_ALL_ITEM_BYTES)}")
-    if stop - begin != (need := math.prod(shape) * _ALL_ITEM_BYTES[dtype]):
-        raise ValueError(f"{path}: {name} is {dtype} {list(shape)} = {need} bytes, but holds {stop - begin}: damaged")
-    return begin, stop, Stored(path.name, dtype, shape)
 
 
 # -- inspection --------------------------------------------------------------------------------------------------------
@@ -478,7 +372,7 @@ def _expected(config: ModelConfig, headers: Mapping[str, Stored]) -> dict[str, t
     expected: dict[str, tuple[int, ...]] = {}
     for piece in layout(config):
         expected[piece.disk] = piece.shape
-        stored, scale = headers.get(piece.disk), piece.disk + "_scale_inv"
+        stored, scale = headers.get(piece.disk), piece.disk + SCALE
         if stored.dtype == "F8_E4M3" if stored else scale in headers:
             expected[scale] = scale_shape(piece.shape)
     return expected

@@ -137,9 +137,9 @@ class Fp8Experts(nn.Module):
 def _tiles_of(x: Tensor) -> Fp8:
     """The tiles of x (..., D) as rows, cast once for all that read this very tensor (gate and up, q_a and kv_a): kept on it,
     and gone with it."""
-    held = getattr(x, "_dsv3_tiles", None)
+    held = x.__dict__.get("_dsv3_tiles")
     if held is None or held[0] != x._version:
-        held = x._dsv3_tiles = (x._version, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
+        held = x.__dict__["_dsv3_tiles"] = (x._version, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
     return held[1]
 
 
@@ -157,7 +157,8 @@ def _linear(
 @torch.library.custom_op("dsv3::fp8_linear_backward", mutates_args=())
 def _linear_backward(dy: Tensor, x: Tensor, w_codes: Tensor, w_scales: Tensor) -> tuple[Tensor, Tensor]:
     rows = one_group(dy.shape[0], dy.device)
-    dx = fp8_mm(*cast_gradient(dy), w_codes.t(), w_scales.t(), torch.bfloat16)
+    codes, scales = cast_gradient(dy)
+    dx = fp8_mm(codes, scales, w_codes.t(), w_scales.t(), torch.bfloat16)
     return dx, fp8_wgrad(*cast_gradient_columns(dy, rows), *cast_columns(x, rows))
 
 
