@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,12 @@ def load(
     mtp: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepseekV3, Tokenizer]:
-    """Open any checkpoint of the architecture: (model, tokenizer). FP8 files are dequantised on the way, on any device.
+    """Open any checkpoint of the architecture: (model, tokenizer). FP8 files are dequantised on the way, on any device, or kept.
+
+    Warns if the model's predictions on a fixed prompt look like those of a broken conversion (or of an untrained model).
 
     Args:
+        dtype: float32, bfloat16 or float16; or "fp8": weights stay in FP8 (or are cast to it), a byte each, bfloat16 the rest.
         mtp: load the MTP layers; False for files that lost them (a transformers re-save does).
         progress: called with (bytes done, bytes in all) after each tensor.
 
@@ -45,11 +49,16 @@ def load(
     """
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.model.config import ModelConfig
+    from dsv3.model.selftest import PROMPT, doubts
     from dsv3.model.weights import load_model
 
     ModelConfig.from_hf(Path(path) / "config.json")  # the small files first: they fail at once, weights take their time
     tokenizer = Tokenizer.from_file(Path(path))
-    return load_model(Path(path), dtype=dtype, device=device, mtp=mtp, progress=progress), tokenizer
+    model = load_model(Path(path), dtype=dtype, device=device, mtp=mtp, progress=progress)
+    doubt = doubts(model, tokenizer.encode(PROMPT))
+    if doubt:
+        warnings.warn(f"{path}: {doubt}", stacklevel=2)
+    return model, tokenizer
 
 
 def save(model: DeepseekV3, path: str | Path, *, tokenizer: Tokenizer | None = None) -> None:

@@ -5,6 +5,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -446,3 +449,40 @@ def test_a_crash_in_the_swap_leaves_old_or_new(saved, monkeypatch, at):
     save_model(other, folder, overwrite=True)
     assert same(load_model(folder, dtype="float32").state_dict(), other.state_dict())
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+    import sys, torch
+    from dsv3.model.weights import load_model
+    torch.set_num_threads(1)
+    def field(name):
+        return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
+    folder, dtype = sys.argv[1:]
+    load_model(sys.argv[1] + "/small", dtype=dtype)  # code and libraries are in memory before
+    before = field("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+    model = load_model(sys.argv[1] + "/large", dtype=dtype)
+    print(field("VmHWM") - before, sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("fp8", "fp8"), ("fp8", "bfloat16")])
+def test_a_load_holds_the_model_and_a_tenth(tmp_path, stored, dtype):
+    """Peak resident memory of a load, in a process of its own: at most 1.1 times the model (here some 250 MiB in bfloat16)."""
+    large = dataclasses.replace(
+        WIDE, hidden_size=512, moe_intermediate_size=512, n_routed_experts=32, num_hidden_layers=5, vocab_size=512
+    )
+    for name, config in (("small", WIDE), ("large", large)):
+        save_checkpoint(build(config).state_dict(), config, tmp_path / name, dtype=stored, shard_bytes=50_000_000)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path), dtype],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, model = map(float, done.stdout.split())
+    assert model > 100
+    assert peak < 1.1 * model
