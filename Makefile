@@ -1,11 +1,12 @@
-# make demo  trains a small, complete DeepSeek-V3 on this machine and shows it working (about ten minutes on two cores)
+# make demo  trains a small, complete DeepSeek-V3 on this machine and shows it working (three minutes on two cores with AVX-512 BF16)
 # make test  format, lint, types, layers and the whole test suite
 # make bench speed against transformers, on this machine
+# make bench-gpu  every kernel and a training step in FP8, on a CUDA device
 # Each sets up .venv from pyproject.toml with the exact versions of constraints.txt; nothing else is touched.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run.stamp
@@ -21,6 +22,10 @@ test: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python -m bench.train_step
 	$(BIN)/python -m bench.moe_scaling
+	$(BIN)/python -m bench.kernels
+
+bench-gpu: .venv/test.stamp
+	$(BIN)/python -m bench.gpu
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "dsv3 needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.12 ..." % v)'
