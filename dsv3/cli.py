@@ -120,16 +120,17 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a checkpoint anew: FP8 to bfloat16 or back, larger or smaller shards, experts fused as transformers 5 holds them.
-    Works on any machine with a shard of memory; cut off, the same command goes on. FP8 that stays FP8 is copied bit for bit.
-    Example: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16"""
+    """Write a checkpoint anew: FP8 to bfloat16 or back, other shards, experts fused as transformers 5 holds them, GGUF for
+    llama.cpp or from it. Works on any machine with a shard of memory; cut off, the same command goes on. FP8 that stays FP8 is
+    copied bit for bit. Examples: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16
+    dsv3 convert runs/tiny tiny.gguf --dtype q8_0"""
 
     source: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run folder (its newest checkpoint)."""
+    """A checkpoint folder, a run folder (its newest checkpoint), or a .gguf file."""
     target: tyro.conf.Positional[Path]
-    """A folder that does not exist yet."""
-    dtype: Literal["keep", "float32", "bfloat16", "float16", "fp8"] = "keep"
-    """fp8: Linears as e4m3 with a scale a 128x128 block, as DeepSeek publishes."""
+    """A folder that does not exist yet, or a name that ends in .gguf."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "fp8", "q8_0"] = "keep"
+    """fp8: Linears as e4m3 with a scale a 128x128 block, as DeepSeek publishes. GGUF: bfloat16 (keep) or q8_0."""
     shard_gb: float = 5.0
     """Most gigabytes (10^9 bytes) a file holds."""
     fused: bool = False
@@ -279,19 +280,32 @@ def _inspect(verb: Inspect) -> None:
 
 
 def _convert(verb: Convert) -> None:
-    from dsv3.model.convert import convert
+    from dsv3.model.convert import convert, to_gguf
     from dsv3.model.shards import Form
-    from dsv3.model.weights import dtype_named
+    from dsv3.model.weights import config_of, dtype_named
 
     if not 0 < verb.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb is {verb.shard_gb}: give a positive number of gigabytes")
+    source = _checkpoint(verb.source)
+    if verb.target.suffix == ".gguf":
+        kind = {"keep": "bf16", "bfloat16": "bf16", "q8_0": "q8_0"}.get(verb.dtype)
+        if kind is None or verb.fused or verb.overwrite:
+            raise ValueError("GGUF is written as --dtype bfloat16 or q8_0, without --fused or --overwrite")
+        layers = config_of(source).num_nextn_predict_layers if source.is_dir() else 0
+        with _bytes_bar("converting") as progress:
+            to_gguf(source, verb.target, kind, progress=progress)
+        print(
+            f"{verb.target}"
+            + (f"; {layers} MTP layers are not in it: llama.cpp has no place for them" if layers else "")
+        )
+        return
+    if verb.dtype == "q8_0":
+        raise ValueError(f"--dtype q8_0 is GGUF's: give a target that ends in .gguf instead of {verb.target}")
     form = Form(None if verb.dtype == "keep" else dtype_named(verb.dtype), verb.fused)
     size = max(1, int(verb.shard_gb * 10**9))
     with _bytes_bar("converting") as progress:
-        target = convert(
-            _checkpoint(verb.source), verb.target, form, shard_bytes=size, overwrite=verb.overwrite, progress=progress
-        )
-    print(f"{target}: look at it with `dsv3 inspect {verb.target}`")
+        convert(source, verb.target, form, shard_bytes=size, overwrite=verb.overwrite, progress=progress)
+    print(f"{verb.target}: look at it with `dsv3 inspect {verb.target}`")
 
 
 def _generate(verb: Generate) -> None:

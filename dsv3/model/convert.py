@@ -1,4 +1,4 @@
-"""One checkpoint into another: dtype, FP8, fused experts, size of shards. A shard of memory, whatever the model's size.
+"""One checkpoint into another: dtype, FP8, fused experts, size of shards, GGUF. A shard of memory, whatever the model's size.
 
 Shards are written beside the target and noted in progress.json with their checksums; cut off and started again with the same
 source and form, a conversion goes on behind the last whole one. The folder appears at the end, whole. FP8 codes and scales that
@@ -10,19 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from dsv3.model import folder as disk
+from dsv3.model.census import Piece
 from dsv3.model.config import ModelConfig
-from dsv3.model.headers import INDEX_FILE, Stored
+from dsv3.model.headers import INDEX_FILE
 from dsv3.model.shards import (
     CHECKSUMS_FILE,
     DEFAULT_SHARD_BYTES,
     Form,
     Progress,
     Unit,
+    Value,
     cut,
     file_names,
     units,
@@ -30,7 +35,7 @@ from dsv3.model.shards import (
     write_shard,
 )
 from dsv3.model.source import DTYPES, Source, place
-from dsv3.model.weights import config_of, plan_load, write_config
+from dsv3.model.weights import config_of, plan_load, rank_of, write_config
 
 _PROGRESS_FILE = "progress.json"
 
@@ -48,6 +53,7 @@ def convert(
     """Write the checkpoint `source` anew in another form; tokenizer and other small files come along.
 
     Args:
+        source: a folder, or a .gguf file (which has no MTP layers).
         form: dtype (None: as it is) and whether experts are fused; see model/shards.py.
         verify: compare the source's files with its checksums first, where it has any.
         progress: called with (bytes done, bytes in all) after each shard.
@@ -59,51 +65,98 @@ def convert(
     source, target = Path(source).resolve(), Path(target).resolve()
     if source == target:
         raise ValueError(f"{target} is the source itself: choose another folder")
-    config = config_of(source)
-    headers, _ = plan_load(source, config, verify)
-    shards = cut(units(config, form, lambda piece: DTYPES[headers[place(headers, piece)[0]].dtype]), shard_bytes)
-    disk.restore_interrupted(target)
-    disk.check_target(target, overwrite)
-    temp, _ = disk.siblings(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    noted = _begin(temp, _plan_of(source, headers, config, form, shard_bytes))
-    needed = sum(unit.size for shard in shards for unit in shard)
-    try:
-        _write(source, headers, shards, temp, noted, needed, progress)
-        write_index(temp, shards, noted["files"], noted["tensors"])
-        for path in _small_files(source):
-            disk.write_synced(temp / path.name, path.read_bytes())
-        write_config(temp, config, max((u.dtype for s in shards for u in s), key=lambda dtype: dtype.itemsize == 1))
-        (temp / _PROGRESS_FILE).unlink()
-        disk.sync(temp)
-        disk.swap(temp, target)
-    except OSError as error:
-        if disk.is_disk_full(error):
-            disk.raise_disk_full(
-                target, needed, f"{len(noted['files'])} finished shards are kept: the same command goes on"
-            )
-        raise
+    with _open(source, verify) as opened:
+        shards = cut(units(opened.config, form, opened.held), shard_bytes)
+        disk.restore_interrupted(target)
+        disk.check_target(target, overwrite)
+        temp, _ = disk.siblings(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        noted = _begin(temp, _plan_of(opened, form, shard_bytes))
+        needed = sum(unit.size for shard in shards for unit in shard)
+        try:
+            _write(opened, shards, temp, noted, needed, progress)
+            write_index(temp, shards, noted["files"], noted["tensors"])
+            for name, content in opened.beside.items():
+                disk.write_synced(temp / name, content)
+            write_config(temp, opened.config, max((u.dtype for s in shards for u in s), key=rank_of))
+            (temp / _PROGRESS_FILE).unlink()
+            disk.sync(temp)
+            disk.swap(temp, target)
+        except OSError as error:
+            if disk.is_disk_full(error):
+                kept = f"{len(noted['files'])} finished shards are kept: the same command goes on"
+                disk.raise_disk_full(target, needed, kept)
+            raise
     return target
 
 
+def to_gguf(
+    source: str | Path, path: str | Path, kind: str = "bf16", *, verify: bool = True, progress: Progress | None = None
+) -> None:
+    """Write the checkpoint `source` as one GGUF file for llama.cpp, its MTP layers left out; see model/gguf.py.
+
+    Raises:
+        ValueError: the source is damaged, the file exists, the gguf package is missing.
+    """
+    from dsv3.model.gguf import write_gguf
+
+    with _open(Path(source).resolve(), verify) as opened:
+        text = opened.beside.get("tokenizer.json")
+        write_gguf(
+            opened.config, opened.read, text.decode() if text else None, Path(path).resolve(), kind=kind, progress=progress
+        )  # fmt: skip
+
+
+class _Opened(NamedTuple):
+    """A checkpoint to read from, of either format."""
+
+    config: ModelConfig
+    held: Callable[[Piece], torch.dtype]
+    read: Callable[[Piece], Value]
+    beside: Mapping[str, bytes]  # small files that come along
+    identity: list[Any]  # names the source and its state
+
+
+@contextmanager
+def _open(source: Path, verify: bool) -> Iterator[_Opened]:
+    if source.suffix == ".gguf":
+        from dsv3.model.gguf import GgufSource
+
+        file = GgufSource(source)
+        beside = {"tokenizer.json": file.tokenizer_json.encode()} if file.tokenizer_json else {}
+        identity = [str(source), source.stat().st_size, source.stat().st_mtime_ns]
+        yield _Opened(file.config, lambda piece: torch.bfloat16, file.read, beside, identity)
+        return
+    config = config_of(source)
+    headers, _ = plan_load(source, config, verify)
+    files = sorted({stored.file for stored in headers.values()})
+    sizes = [(file, (source / file).stat().st_size, (source / file).stat().st_mtime_ns) for file in files]
+    with Source(source, headers) as values:
+        yield _Opened(
+            config,
+            lambda piece: DTYPES[headers[place(headers, piece)[0]].dtype],
+            values.read,
+            {path.name: path.read_bytes() for path in _small_files(source)},
+            [str(source), sizes],
+        )
+
+
 def _write(
-    source: Path, headers: dict[str, Stored], shards: list[list[Unit]], temp: Path, noted: dict[str, Any], needed: int,
-    progress: Progress | None,
-) -> None:  # fmt: skip
+    opened: _Opened, shards: list[list[Unit]], temp: Path, noted: dict[str, Any], needed: int, progress: Progress | None
+) -> None:
     """The shards that are not there yet."""
     done = 0
-    with Source(source, headers) as values:
-        for name, shard in zip(file_names(len(shards)), shards):
-            path = temp / name
-            if not (name in noted["files"] and path.exists() and disk.sha256(path) == noted["files"][name]):
-                disk.check_space(temp, sum(unit.size for unit in shard))
-                noted["files"][name], digests = write_shard(path, shard, partial(Source.read, values))
-                noted["tensors"] |= digests
-                disk.write_synced(temp / f".{_PROGRESS_FILE}", disk.as_json(noted))
-                (temp / f".{_PROGRESS_FILE}").replace(temp / _PROGRESS_FILE)
-            done += sum(unit.size for unit in shard)
-            if progress is not None:
-                progress(done, needed)
+    for name, shard in zip(file_names(len(shards)), shards):
+        path = temp / name
+        if not (name in noted["files"] and path.exists() and disk.sha256(path) == noted["files"][name]):
+            disk.check_space(path, sum(unit.size for unit in shard))
+            noted["files"][name], digests = write_shard(path, shard, opened.read)
+            noted["tensors"] |= digests
+            disk.write_synced(temp / f".{_PROGRESS_FILE}", disk.as_json(noted))
+            (temp / f".{_PROGRESS_FILE}").replace(temp / _PROGRESS_FILE)
+        done += sum(unit.size for unit in shard)
+        if progress is not None:
+            progress(done, needed)
 
 
 def _begin(temp: Path, plan: str) -> dict[str, Any]:
@@ -119,11 +172,9 @@ def _begin(temp: Path, plan: str) -> dict[str, Any]:
     return {"plan": plan, "files": {}, "tensors": {}}
 
 
-def _plan_of(source: Path, headers: dict[str, Stored], config: ModelConfig, form: Form, shard_bytes: int) -> str:
+def _plan_of(opened: _Opened, form: Form, shard_bytes: int) -> str:
     """Names this very conversion: files by size and time, so that a changed source starts anew."""
-    files = sorted({stored.file for stored in headers.values()})
-    sizes = [(file, (source / file).stat().st_size, (source / file).stat().st_mtime_ns) for file in files]
-    said = json.dumps([str(source), sizes, config.to_hf(), str(form), shard_bytes], sort_keys=True)
+    said = json.dumps([opened.identity, opened.config.to_hf(), str(form), shard_bytes], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 

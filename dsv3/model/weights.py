@@ -122,7 +122,7 @@ def save_checkpoint(
             if progress is not None:
                 progress(done, needed)
         write_index(temp, shards, files, tensors)
-        write_config(temp, config, max((unit.dtype for shard in shards for unit in shard), key=_by_rank))
+        write_config(temp, config, max((unit.dtype for shard in shards for unit in shard), key=rank_of))
         if tokenizer is not None:
             tokenizer.save(temp)
             for path in temp.iterdir():
@@ -166,7 +166,7 @@ def write_config(folder: Path, config: ModelConfig, written: torch.dtype) -> Non
         disk.write_synced(folder / name, disk.as_json(fields))
 
 
-def _by_rank(dtype: torch.dtype) -> int:
+def rank_of(dtype: torch.dtype) -> int:
     """The dtype that names a whole checkpoint: FP8 if anything is; router biases, float32 always, count last."""
     return [torch.float32, torch.float16, torch.bfloat16, CODES].index(dtype)
 
