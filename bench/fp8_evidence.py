@@ -8,7 +8,7 @@
 
 The figure is the report's (appendix B.1): loss smoothed by a moving average of 0.9, relative distance to bfloat16's.
 Every run is `ARM-SEED.json` in --work, continued by nothing and skipped when whole; `--plot` alone writes docs/evidence.
-    python -m bench.fp8_evidence [--arms fp8 bfloat16 ...] [--seeds 0 1] [--threads 2] [--work runs/fp8] [--plot]
+    python -m bench.fp8_evidence [--arms fp8 bfloat16 ...] [--seeds 0 1] [--threads 2] [--work runs/fp8] [--plot | --errors]
 """
 
 from __future__ import annotations
@@ -157,19 +157,73 @@ def train(arm: str, seed: int, corpus: tuple[Any, Any, Tokenizer], path: Path) -
             print(f"{arm}, seed {seed}: step {trainer.step_index}, loss {losses[-1]:.4f}", flush=True)
 
 
-def run(arms: list[str], seeds: list[int], work: Path) -> None:
+def build_corpus(work: Path) -> tuple[Any, Any, Tokenizer]:
     texts = read_texts(standard_library(), max_characters=16_000_000)
     folder = work / "tokenizer"
     if not folder.exists():
         Tokenizer.train((t for part in texts.train.values() for t in part), MODEL.vocab_size).save(folder)
     tokenizer = Tokenizer.from_file(folder)
-    shards, held_out = build_shards(texts, tokenizer, work / "shards")
+    return (*build_shards(texts, tokenizer, work / "shards"), tokenizer)
+
+
+def run(arms: list[str], seeds: list[int], work: Path) -> None:
+    corpus = build_corpus(work)
     for seed in seeds:
         for arm in arms:
             path = work / f"{arm}-{seed}.json"
             if not path.exists() or len(json.loads(path.read_text())["losses"]) < STEPS:
                 with ablated(arm):
-                    train(arm, seed, (shards, held_out, tokenizer), path)
+                    train(arm, seed, corpus, path)
+
+
+# -- what each arm loses in one product -----------------------------------------------------------------------------------
+
+
+def errors(corpus: tuple[Any, Any, Tokenizer], steps: int = 100) -> list[dict[str, Any]]:
+    """Relative error of fprop, dgrad and wgrad of every Linear of a model trained for some steps, on the next batch's values:
+    the median and the worst Linear of each arm, against float64."""
+    shards = corpus[0]
+    schedule = ScheduleConfig(steps=STEPS, peak_lr=2e-3, warmup_steps=50, batch_size=ROWS)
+    config = TrainConfig(schedule=schedule, seq_len=LENGTH, micro_batch=ROWS, precision="fp8")
+    model = DeepseekV3(MODEL)
+    model.init_weights(torch.Generator().manual_seed(0))
+    trainer = Trainer(model, Loader(shards, LoaderConfig(seq_len=LENGTH, extra_tokens=0)), config, Path("unused"))
+    for _ in range(steps):
+        trainer.step()
+    seen: dict[str, list[Tensor]] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in seen:
+                seen[name] = [inputs[0].detach().flatten(0, -2)]
+                output.register_hook(lambda dy: seen[name].append(dy.detach().flatten(0, -2)))
+
+        return hook
+
+    linears = {n: m for n, m in trainer.twin.named_modules() if isinstance(m, fp8.Fp8Linear)}
+    handles = [module.register_forward_hook(look(name)) for name, module in linears.items()]
+    trainer._accumulate(trainer.loader.next_batch(ROWS), 0.0)
+    for handle in handles:
+        handle.remove()
+    return [{"arm": arm, **_errors_of(arm, linears, seen)} for arm in ("fp8", *ABLATIONS)]
+
+
+def _errors_of(arm: str, linears: dict[str, fp8.Fp8Linear], seen: dict[str, list[Tensor]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {"fprop": [], "dgrad": [], "wgrad": []}
+    with ablated(arm):
+        for name, (x, dy) in seen.items():
+            weight = linears[name].weight
+            module, wide = fp8.Fp8Linear(weight, fp8.AGAIN), weight.detach().double()
+            with torch.no_grad():
+                dx, dw = torch.ops.dsv3.fp8_linear_backward(dy, x, *module.cast)
+                pairs = {
+                    "fprop": (module(x), x.double() @ wide.t()),
+                    "dgrad": (dx, dy.double() @ wide),
+                    "wgrad": (dw, dy.double().t() @ x.double()),
+                }
+            for product, (got, wanted) in pairs.items():
+                found[product].append(((got.double() - wanted).norm() / wanted.norm()).item())
+    return {f"{p} {k}": f(v) for p, v in found.items() for k, f in (("median", statistics.median), ("worst", max))}
 
 
 # -- tables and plots ----------------------------------------------------------------------------------------------------
@@ -234,9 +288,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/fp8"))
     parser.add_argument("--plot", action="store_true", help="no training: write docs/evidence from the runs in --work")
+    parser.add_argument("--errors", action="store_true", help="no runs: what each arm loses in one product")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.errors:
+        for row in errors(build_corpus(options.work)):
+            print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        return
     if not options.plot:
         run(options.arms, options.seeds, options.work)
     report(options.work)
