@@ -286,7 +286,7 @@ class Console:
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def measure_peak(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: float = 0.4) -> float:
+def measure_peak(dtype: torch.dtype, device: str | torch.device = "cpu", *, seconds: float = 1.0) -> float:
     """Matmul rate of this machine in FLOP/s: the best of several square products in about `seconds`.
 
     Uses the threads torch is set to. A measured rate, not the data sheet's: what a training step could reach if it were
@@ -300,14 +300,14 @@ def measure_peak(dtype: torch.dtype, device: str | torch.device = "cpu", *, seco
         a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
         out = torch.mm(a, b)  # warms up: the first product picks a kernel and touches the memory
         _wait(device)
-        for _ in range(4):
+        for _ in range(6):  # the best of them: another program may hold the machine for a moment
             start = time.perf_counter()
             torch.mm(a, b, out=out)
             _wait(device)
             took = time.perf_counter() - start
             best, spent = max(best, 2 * size**3 / took), spent + took
-        # The next size does eight times the work, five products of it: go on only if that fits.
-        if size == largest or spent + 5 * 8 * took > seconds:
+        # The next size does eight times the work, seven products of it: go on only if that fits.
+        if size == largest or spent + 7 * 8 * 2 * size**3 / best > seconds:
             return best
         size *= 2
 
