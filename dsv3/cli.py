@@ -294,10 +294,7 @@ def _convert(verb: Convert) -> None:
         layers = config_of(source).num_nextn_predict_layers if source.is_dir() else 0
         with _bytes_bar("converting") as progress:
             to_gguf(source, verb.target, kind, progress=progress)
-        print(
-            f"{verb.target}"
-            + (f"; {layers} MTP layers are not in it: llama.cpp has no place for them" if layers else "")
-        )
+        print(f"{verb.target}" + (f", without its MTP ({layers}): llama.cpp has no place for it" if layers else ""))
         return
     if verb.dtype == "q8_0":
         raise ValueError(f"--dtype q8_0 is GGUF's: give a target that ends in .gguf instead of {verb.target}")

@@ -180,7 +180,7 @@ def _plan_of(opened: _Opened, form: Form, shard_bytes: int) -> str:
 
 def _small_files(source: Path) -> list[Path]:
     """What lies beside the weights: tokenizer, chat template, licence; not the source's own index, checksums or code."""
-    written = {"config.json", INDEX_FILE, CHECKSUMS_FILE}
+    written = {"config.json", INDEX_FILE, CHECKSUMS_FILE, "training.json"}
     return [
         path for path in sorted(source.iterdir())
         if path.is_file() and path.name not in written and path.suffix not in (".safetensors", ".py", ".bin", ".gguf")

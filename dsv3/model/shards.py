@@ -103,6 +103,7 @@ def write_shard(path: Path, shard: list[Unit], read: Callable[[Piece], Value]) -
     for unit in shard:
         tensors |= _encode(unit, read)
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private; a server may run as another user
     disk.sync(path)
     return disk.sha256(path), {name: digest(tensor) for name, tensor in tensors.items()}
 

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3.kernels.quant import E4M3_MAX, cast_blocks, cast_tiles, dequantize_blocks, dequantize_tiles
-from dsv3.model.fp8 import Fp8Linear, fp8_modules
+from dsv3.kernels.quant import E4M3_MAX, Fp8, cast_tiles, dequantize_blocks, dequantize_tiles
+from dsv3.model.fp8 import Fp8Experts, Fp8Linear, fp8_modules
 
 ERROR, FLUSHED, GROWTH = 0.06, 0.25, 32.0
 MOST = 3  # alarms told at a look
+ROWS = 1024  # of an activation that are looked at
 _MEMORY = 50  # looks back for the median of an amax
 _LEAST_LOOKS = 5  # before growth is judged: the first steps of a run move fast
 
@@ -36,13 +37,20 @@ Health = dict[str, dict[str, dict[str, float]]]  # module -> x, w or dy -> count
 
 
 @torch.no_grad()
-def counters(values: Tensor, *, blocks: bool = False) -> dict[str, float]:
-    """amax, error, saturated and flushed of values (..., K) cast in 1x128 tiles, or with `blocks` (..., O, I) in 128x128."""
-    codes, scales = (cast_blocks if blocks else cast_tiles)(values)
-    exact, back = values.float(), (dequantize_blocks if blocks else dequantize_tiles)(codes, scales, torch.float32)
-    size, used = codes.float().abs(), exact != 0
+def counters(values: Tensor, cast: Fp8 | None = None) -> dict[str, float]:
+    """amax, error, saturated and flushed of values (R, K) in 1x128 tiles, all but amax of at most ROWS of them, evenly spaced; or
+    of a weight (..., O, I) whose 128x128 blocks are `cast`."""
+    amax = values.abs().max().float()
+    if cast is None:
+        values = values[:: -(-values.shape[0] // ROWS)]
+        cast = Fp8(*cast_tiles(values))
+        back = dequantize_tiles(*cast, torch.float32)
+    else:
+        back = dequantize_blocks(*cast, torch.float32)
+    exact, size = values.float(), cast.codes.float().abs()
+    used = exact != 0
     found = torch.stack([
-        exact.abs().max(), (exact - back).norm() / exact.norm().clamp_min(1e-38), (size == E4M3_MAX).float().mean(),
+        amax, (exact - back).norm() / exact.norm().clamp_min(1e-38), (size == E4M3_MAX).float().mean(),
         ((size == 0) & used).sum() / used.sum().clamp_min(1),
     ])  # fmt: skip
     return dict(zip(("amax", "error", "saturated", "flushed"), found.tolist()))
@@ -73,8 +81,8 @@ class HealthMonitor:
             if name in self.health or not output.requires_grad:
                 return
             found = self.health[name] = {"x": counters(inputs[0].detach().flatten(0, -2))}
-            for part, weight in _weights(module):
-                found[part] = counters(weight.detach(), blocks=True)
+            for part, weight, cast in _weights(module):
+                found[part] = counters(weight.detach(), cast)
             output.register_hook(lambda dy: found.__setitem__("dy", counters(dy.detach().flatten(0, -2))))
 
         return look
@@ -94,10 +102,12 @@ class HealthMonitor:
         return sentences[:MOST] + ([f"FP8: and {len(said) - MOST} more, see metrics.jsonl"] if len(said) > MOST else [])
 
 
-def _weights(module: nn.Module) -> list[tuple[str, Tensor]]:
-    if isinstance(module, Fp8Linear):
-        return [("w", module.weight)]
-    return [(f"w_{name.removesuffix('_proj')}", p) for name, p in module.named_parameters(recurse=False)]
+def _weights(module: nn.Module) -> list[tuple[str, Tensor, Fp8]]:
+    """Name, master and codes of a module's matrices."""
+    assert isinstance(module, (Fp8Linear, Fp8Experts))
+    named = list(module.named_parameters(recurse=False))
+    names = ["w"] if len(named) == 1 else [f"w_{name.removesuffix('_proj')}" for name, _ in named]
+    return [(name, parameter, cast) for name, (_, parameter), cast in zip(names, named, module.casts())]
 
 
 def _cause(found: dict[str, float], seen: deque[float]) -> str | None:
