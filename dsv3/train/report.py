@@ -54,7 +54,7 @@ h3,summary{font-size:1rem;font-weight:600;margin:0 0 .4rem}p{margin:.4rem 0;max-
 svg{display:block;width:100%;height:auto}svg text{font-family:system-ui,sans-serif!important}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .5rem;border-bottom:1px solid var(--grid);text-align:left;vertical-align:top}
-th[scope=row]{font-weight:400;color:var(--quiet)}.number{text-align:right}
+th[scope=row]{font-weight:400;color:var(--quiet)}.number{text-align:right;white-space:nowrap}
 pre{margin:.5rem 0 0;white-space:pre-wrap;font:.875rem/1.45 ui-monospace,monospace}
 pre b{color:var(--s0)}
 """
@@ -445,7 +445,7 @@ def _fp8_health(looks: Records) -> str:
         _health_chart(looks, "error", "Relative error of the worst cast"),
         _health_chart(looks, "flushed", "Flushed to zero"),
     ]
-    return _paragraphs(words) + _grid([*charts, _health_table(looks[-1])])
+    return _paragraphs(words) + _grid(charts) + _health_table(looks[-1])
 
 
 def _health_chart(looks: Records, counter: str, caption: str) -> str:
@@ -456,8 +456,8 @@ def _health_chart(looks: Records, counter: str, caption: str) -> str:
         for color, (kind, values) in zip(_SERIES, worst.items()):
             _line(axes, steps, values, color, kind)
         axes.set(xlabel="step", ylabel="percent")
-        axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.set_ylim(0, 1.3 * max(max(values) for values in worst.values()) or 1)
+        axes.legend(ncols=3, loc="upper right")
 
     alt = "; ".join(_trend(kind, steps, values) for kind, values in worst.items())
     return _chart(f"fp8-{counter}", caption, f"{caption}, percent: {alt}", draw)
@@ -481,4 +481,4 @@ def _health_table(record: Mapping[str, Any], most: int = 12) -> str:
     )
     title = f"The {min(most, len(rows))} of {len(rows)} casts that lost most at step {record['step']:,}"
     table = f'<thead><tr><th scope="col">cast</th>{head}</tr></thead><tbody>{body}</tbody>'
-    return f'<div class="card"><h3>{title}</h3><div class="scroll"><table>{table}</table></div></div>'
+    return f'<div class="card" style="margin-top:1rem"><h3>{title}</h3><div class="scroll"><table>{table}</table></div></div>'
