@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv3.kernels.fp8_gemm import fp8_grouped_mm, fp8_grouped_wgrad, fp8_mm, fp8_wgrad, one_group
 from dsv3.kernels.moe import permute, unpermute
+from dsv3.kernels.norm import rms_norm_cast
 from dsv3.kernels.quant import (
     Fp8,
     cast_blocks,
@@ -44,9 +45,9 @@ from dsv3.kernels.quant import (
     retile,
     unpack_e5m6,
 )
-from dsv3.kernels.swiglu import swiglu
+from dsv3.kernels.swiglu import swiglu_cast
 from dsv3.model.census import is_fp8_weight
-from dsv3.model.transformer import DeepseekV3, Experts
+from dsv3.model.transformer import DeepseekV3, Experts, RMSNorm
 
 # The recipe casts gradients as it casts activations; bench.fp8_evidence puts others in their place to show why.
 cast_gradient, cast_gradient_columns, retile_gradient = cast_tiles, cast_columns, retile
@@ -67,6 +68,8 @@ _KEEP = {
 def swap_fp8(model: DeepseekV3) -> None:
     """Replace, in place, what is multiplied in FP8. Parameters keep their names, order and identity."""
     for path, module in list(model.named_modules()):
+        if type(module) is RMSNorm:
+            module.__class__ = Fp8RMSNorm
         if not is_swapped(path, module):
             continue
         if isinstance(module, nn.Linear):
@@ -130,8 +133,17 @@ class Fp8Experts(nn.Module):
         tiles = cast_tiles(x.detach(), pow2=True)
         h = _experts_up(x, self.gate_up_proj, *tiles, *self.gate_up, order, inverse, offsets)
         gate, up = h.chunk(2, dim=-1)
-        act = swiglu(gate, up, permute(weights.reshape(-1, 1), order, inverse))
-        return _experts_down(act, self.down_proj, *self.down, order, inverse, offsets, weights.shape[-1])
+        act, cast = swiglu_cast(gate, up, permute(weights.reshape(-1, 1), order, inverse))
+        return _experts_down(act, self.down_proj, *cast, *self.down, order, inverse, offsets, weights.shape[-1])
+
+
+class Fp8RMSNorm(RMSNorm):
+    """RMSNorm whose result brings its tiles along for the Linears that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, cast = rms_norm_cast(x, self.weight, self.eps)
+        _keep_tiles(y, cast)
+        return y
 
 
 def _tiles_of(x: Tensor) -> Fp8:
@@ -139,8 +151,13 @@ def _tiles_of(x: Tensor) -> Fp8:
     and gone with it."""
     held = x.__dict__.get("_dsv3_tiles")
     if held is None or held[0] != x._version:
-        held = x.__dict__["_dsv3_tiles"] = (x._version, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
+        return _keep_tiles(x, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
     return held[1]
+
+
+def _keep_tiles(x: Tensor, cast: Fp8) -> Fp8:
+    x.__dict__["_dsv3_tiles"] = (x._version, cast)
+    return cast
 
 
 # -- products with their gradients ---------------------------------------------------------------------------------------
@@ -185,11 +202,11 @@ def _experts_up_backward(
 
 @torch.library.custom_op("dsv3::fp8_experts_down", mutates_args=())
 def _experts_down(
-    act: Tensor, weight: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor,
-    top_k: int,
+    act: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor,
+    inverse: Tensor, offsets: Tensor, top_k: int,
 ) -> Tensor:  # fmt: skip
-    """act (R, I) -> the sum over each token's K rows (N, D), combined in bfloat16."""
-    y = fp8_grouped_mm(*cast_tiles(act), w_codes, w_scales, offsets, torch.bfloat16)
+    """act (R, I), its codes and scales -> the sum over each token's K rows (N, D), combined in bfloat16."""
+    y = fp8_grouped_mm(codes, scales, w_codes, w_scales, offsets, torch.bfloat16)
     return unpermute(y, order, inverse, top_k)
 
 
@@ -229,7 +246,7 @@ def _(dh, codes, scales, w_codes, w_scales, order, inverse, offsets):
 
 
 @_experts_down.register_fake
-def _(act, weight, w_codes, w_scales, order, inverse, offsets, top_k):
+def _(act, weight, codes, scales, w_codes, w_scales, order, inverse, offsets, top_k):
     return act.new_empty((act.shape[0] // top_k, w_codes.shape[1]))
 
 
@@ -256,12 +273,12 @@ def _differentiate_up(ctx, dh: Tensor):
 
 
 def _save_down(ctx, inputs, output) -> None:
-    act, _, *rest, _ = inputs
+    act, _, _, _, *rest, _ = inputs
     ctx.save_for_backward(act, *rest)
 
 
 def _differentiate_down(ctx, d_out: Tensor):
-    return (*_experts_down_backward(d_out.contiguous(), *ctx.saved_tensors), *(None,) * 6)
+    return (*_experts_down_backward(d_out.contiguous(), *ctx.saved_tensors), *(None,) * 8)
 
 
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3.kernels import native
-from dsv3.kernels.norm import rms_norm, rms_norm_reference
+from dsv3.kernels.norm import rms_norm, rms_norm_cast, rms_norm_reference
+from dsv3.kernels.quant import cast_tiles
 from tests.kernels.distance import distance
 
 
@@ -42,3 +43,18 @@ def test_registered_and_not_finite():
     y = rms_norm(x, weight, 1e-6)
     assert y[5].isnan().all()
     assert y[:5].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_with_its_cast_it_is_the_composition(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 20, 272).to(dtype).requires_grad_(), (torch.rand(272) + 0.5).requires_grad_()
+    y, cast = rms_norm_cast(x, weight, 1e-6)
+    plain = rms_norm(x, weight, 1e-6)
+    assert torch.equal(y, plain)
+    codes, scales = cast_tiles(plain.detach().flatten(0, 1))
+    assert torch.equal(cast.codes.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(cast.scales, scales)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(plain, (x, weight), dy)):
+        assert torch.equal(a, b)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3.kernels import native
-from dsv3.kernels.swiglu import swiglu, swiglu_reference
+from dsv3.kernels.quant import cast_tiles
+from dsv3.kernels.swiglu import swiglu, swiglu_cast, swiglu_reference
 from tests.kernels.distance import distance
 
 
@@ -42,3 +43,18 @@ def test_registered_and_not_finite():
     assert y[3, 5].isnan()
     assert y[4, 6].isinf() or y[4, 6].isnan()
     assert y[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [48, 272])
+def test_with_its_cast_it_is_the_composition(width):
+    torch.manual_seed(0)
+    h, weights = torch.randn(40, 2 * width).bfloat16().requires_grad_(), torch.rand(40, 1).requires_grad_()
+    y, cast = swiglu_cast(*h.chunk(2, dim=-1), weights)
+    plain = swiglu(*h.chunk(2, dim=-1), weights)
+    assert torch.equal(y, plain)
+    codes, scales = cast_tiles(plain.detach())
+    assert torch.equal(cast.codes.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(cast.scales, scales)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (h, weights), dy), torch.autograd.grad(plain, (h, weights), dy)):
+        assert torch.equal(a, b)

@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 
-#include "tile.h"
+#include "rows.h"
 
 #define CHUNK 256
 
@@ -45,9 +45,6 @@ INLINE void gather16(const bf16 *rows[ROWS], const bf16 *x, const int64_t *order
 }
 INLINE void follow16(const bf16 *rows[ROWS], const bf16 *x, long D, long first, long end) {
     for (int i = 0; i < ROWS; i++) rows[i] = first + i < end ? x + (first + i) * D : NULL;
-}
-INLINE __m512 sigmoid(__m512 x) {
-    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 static void pack_matrix_pairs(uint32_t *panels, const bf16 *w, long rows, long width) {
     for (long p = 0; p < rows / 2; p++) pack_pairs(panels, rows / 2, p, w + 2 * p * width, w + (2 * p + 1) * width, width);

@@ -5,7 +5,7 @@
    every 128 along K is then multiplied by both scales and added in float32. Codes become pairs only in a core's cache: no
    matrix is ever expanded.
    Legend: R rows, K contraction, N columns of the result, E experts, T tiles. */
-#include "tile.h"
+#include "rows.h"
 
 #define SIDE 128 /* of a tile: values that share a scale */
 #define BAND 256 /* rows, and columns, of the result that one task makes: 256 KiB of float32 */
@@ -106,6 +106,37 @@ void cast_tiles(const void *x, fp8 *q, float *s, long R, long K, long wide, long
             s[r * tiles + t] = scale;
             for (long i = from; i < end; i += 16) _mm_storeu_si128((__m128i *)(q + i), code16(load16(x, i, wide), _mm512_set1_ps(scale)));
         }
+}
+
+/* One row of bfloat16 that was just made: its tiles. */
+INLINE void cast_row(const bf16 *y, fp8 *q, float *s, long K) {
+    for (long t = 0; t * SIDE < K; t++) {
+        const long end = K - t * SIDE < SIDE ? K : (t + 1) * SIDE;
+        __m512 top = _mm512_setzero_ps();
+        for (long i = t * SIDE; i < end; i += 16) top = larger(top, load_bf16(y + i));
+        const float scale = s[t] = scale_of(reduce_amax(top), 0);
+        for (long i = t * SIDE; i < end; i += 16) _mm_storeu_si128((__m128i *)(q + i), code16(load_bf16(y + i), _mm512_set1_ps(scale)));
+    }
+}
+
+/* SwiGLU of cpu/swiglu.c, y (R, I), and its tiles q (R, I), s (R, ceil I/128). */
+void swiglu_cast(const bf16 *gate, const bf16 *up, const float *weights, bf16 *y, fp8 *q, float *s, long R, long I, long gate_row,
+                 long up_row, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < R; r++) {
+        swiglu_row(gate + r * gate_row, up + r * up_row, weights ? weights[r] : 1.0f, y + r * I, I);
+        cast_row(y + r * I, q + r * I, s + r * ((I + SIDE - 1) / SIDE), I);
+    }
+}
+
+/* RMS norm of cpu/norm.c, y (N, D) and factors (N), and its tiles q (N, D), s (N, ceil D/128). */
+void norm_cast(const bf16 *x, const float *weight, bf16 *y, float *factors, fp8 *q, float *s, long N, long D, long stride, float eps,
+               int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < N; n++) {
+        factors[n] = norm_row(x + n * stride, weight, y + n * D, D, eps);
+        cast_row(y + n * D, q + n * D, s + n * ((D + SIDE - 1) / SIDE), D);
+    }
 }
 
 /* Tiles of 128 rows by 1 column, counted from each expert's first row: x (R, K) -> q (K, R), s (K, T), T = R / 128 + E.

@@ -1,23 +1,12 @@
 /* RMS norm, forward and backward: bfloat16 in and out, all else in float32. See kernels/norm.py. Legend: N rows, D width. */
-#include "tile.h"
+#include "rows.h"
 
 #define PART 64 /* rows of one partial sum of the weight's gradient: the same whatever the number of threads */
 
 /* y (N, D) and scale (N) = rsqrt(mean x² + eps), from x with rows `stride` values apart. */
 void norm_forward(const bf16 *x, const float *weight, bf16 *y, float *scale, long N, long D, long stride, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long n = 0; n < N; n++) {
-        const bf16 *row = x + n * stride;
-        __m512 sum = _mm512_setzero_ps();
-        for (long d = 0; d < D; d += 16) {
-            const __m512 v = load_bf16(row + d);
-            sum = _mm512_fmadd_ps(v, v, sum);
-        }
-        scale[n] = 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / D + eps);
-        for (long d = 0; d < D; d += 16)
-            store_bf16(y + n * D + d,
-                       _mm512_mul_ps(_mm512_mul_ps(load_bf16(row + d), _mm512_set1_ps(scale[n])), _mm512_loadu_ps(weight + d)));
-    }
+    for (long n = 0; n < N; n++) scale[n] = norm_row(x + n * stride, weight, y + n * D, D, eps);
 }
 
 /* dx (N, D), d_weight (D); parts: scratch (ceil(N / 64), D). */

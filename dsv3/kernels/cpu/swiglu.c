@@ -1,21 +1,11 @@
 /* SwiGLU, forward and backward: bfloat16 in and out, all else in float32. See kernels/swiglu.py. Legend: R rows, I width. */
-#include "tile.h"
-
-INLINE __m512 sigmoid(__m512 x) {
-    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
+#include "rows.h"
 
 /* y (R, I); rows of gate and up are as far apart as said; weights (R) or null. */
 void swiglu_forward(const bf16 *gate, const bf16 *up, const float *weights, bf16 *y, long R, long I, long gate_row, long up_row,
                     int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long r = 0; r < R; r++) {
-        const __m512 weight = _mm512_set1_ps(weights ? weights[r] : 1.0f);
-        for (long i = 0; i < I; i += 16) {
-            const __m512 g = load_bf16(gate + r * gate_row + i), u = load_bf16(up + r * up_row + i);
-            store_bf16(y + r * I + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), u), weight));
-        }
-    }
+    for (long r = 0; r < R; r++) swiglu_row(gate + r * gate_row, up + r * up_row, weights ? weights[r] : 1.0f, y + r * I, I);
 }
 
 /* d_gate, d_up (R, I), d_weights (R) or null. */
