@@ -70,7 +70,7 @@ def test_readme_python_blocks_run(tmp_path):
 def test_readme_shell_blocks_name_real_verbs():
     commands = re.findall(r"^\.venv/bin/dsv3 (\w+)", README, re.MULTILINE)
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert {"run", "inspect", "generate", "pretrain", "tokenizer", "data"} <= set(commands)
+    assert {"run", "inspect", "generate", "pretrain", "tokenizer", "data", "convert"} <= set(commands)
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test", "bench"} <= set(targets)
     assert all(f"\n{target}:" in makefile for target in targets)

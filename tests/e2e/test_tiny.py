@@ -128,6 +128,40 @@ def test_verbs_in_a_row(texts, tmp_path):
     assert said.stdout.startswith("a model")
 
 
+def test_conversions_in_a_row(life, tmp_path):
+    """FP8, back, GGUF, and the text that each writes; FP8 kept in memory writes what FP8 on disk means."""
+    steps = [("fp8", life[0], "f8"), ("bfloat16", tmp_path / "f8", "b16"), ("q8_0", tmp_path / "f8", "m.gguf")]
+    for dtype, source, target in steps:
+        made = dsv3_command("convert", source, tmp_path / target, "--dtype", dtype)
+        assert made.returncode == 0, made.stderr
+    assert "without its MTP" in made.stdout
+    verified = dsv3_command("inspect", tmp_path / "b16", "--verify", "--json")
+    assert verified.returncode == 0, verified.stderr
+    assert "tensors are what was written" in verified.stderr
+    texts = [
+        dsv3_command("generate", tmp_path / folder, "--prompt", "a model", "--max-tokens", 4, "--dtype", dtype).stdout
+        for folder, dtype in (("f8", "float32"), ("b16", "float32"), ("f8", "fp8"))
+    ]
+    assert texts[0] == texts[1]
+    assert texts[2].startswith("a model")
+    refused = dsv3_command("convert", life[0], tmp_path / "b16")
+    assert refused.returncode == 1
+    assert "exists: choose another folder" in refused.stderr
+
+
+def test_pretraining_in_fp8(life, tmp_path):
+    """The command line's --precision, its health in the metrics and the report."""
+    sizes = ("--steps", 3, "--warmup-steps", 1, "--batch-size", 2, "--micro-batch", 2, "--seq-len", 64)
+    done = dsv3_command(
+        "pretrain", "--shards", life[0] / "shards", "--tokenizer", life[0] / "tokenizer", "--out", tmp_path / "run",
+        "--precision", "fp8", *sizes,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.02 < first["fp8"]["model.layers.0.self_attn.o_proj"]["x"]["error"] < 0.04
+    assert "FP8 health" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_shards_of_another_corpus_are_refused(texts, tmp_path):
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.recipes.corpus import build_shards, parse_sources, read_texts
@@ -141,7 +175,7 @@ def test_shards_of_another_corpus_are_refused(texts, tmp_path):
         build_shards(read, tokenizer, tmp_path / "sh", fim_rate=0.5)
 
 
-@pytest.mark.parametrize("verb", ["run", "tokenizer", "data", "pretrain", "inspect", "generate"])
+@pytest.mark.parametrize("verb", ["run", "tokenizer", "data", "pretrain", "inspect", "convert", "generate"])
 def test_help_teaches(verb):
     shown = dsv3_command(verb, "--help")
     assert shown.returncode == 0
