@@ -286,7 +286,7 @@ def _convert(verb: Convert) -> None:
 
     if not 0 < verb.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb is {verb.shard_gb}: give a positive number of gigabytes")
-    source = _checkpoint(verb.source)
+    source = _checkpoint(verb.source, gguf=True)
     if verb.target.suffix == ".gguf":
         kind = {"keep": "bf16", "bfloat16": "bf16", "q8_0": "q8_0"}.get(verb.dtype)
         if kind is None or verb.fused or verb.overwrite:
@@ -367,8 +367,10 @@ def _model_config(path: Path | None, base: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, extra={})
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(path: Path, *, gguf: bool = False) -> Path:
     """The path itself, or the newest checkpoint of a run folder."""
+    if path.suffix == ".gguf" and path.is_file() and not gguf:
+        raise ValueError(f"{path} is a GGUF file: make a folder of it first, `dsv3 convert {path} {path.stem}/`")
     if (path / "checkpoints").is_dir():
         from dsv3.train.checkpoint import latest_checkpoint
 

@@ -370,7 +370,13 @@ def inspect(path: str | Path) -> Inspection:
 def _expected(config: ModelConfig, headers: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
     """Names and shapes the files should hold. The files say which weights are FP8; those need a scale."""
     expected: dict[str, tuple[int, ...]] = {}
+    fused = {name: shape for name, shape in memory_shapes(config) if ".mlp.experts." in name and name in headers}
     for piece in layout(config):
+        if piece.memory in fused:  # one tensor for all experts, as transformers 5 holds them
+            expected[piece.memory] = fused[piece.memory]
+            if headers[piece.memory].dtype == "F8_E4M3" and piece.memory + SCALE in headers:
+                expected[piece.memory + SCALE] = headers[piece.memory + SCALE].shape
+            continue
         expected[piece.disk] = piece.shape
         stored, scale = headers.get(piece.disk), piece.disk + SCALE
         if stored.dtype == "F8_E4M3" if stored else scale in headers:

@@ -115,6 +115,8 @@ def test_fused_experts_and_back(tmp_path, dtype):
     held = tensors_of(tmp_path / "fused")
     assert list(held["model.layers.2.mlp.experts.gate_up_proj"].shape) == [config.n_routed_experts, 288, 160]
     assert not any(".experts.0." in name for name in held)
+    found = inspect(tmp_path / "fused")
+    assert found.missing == found.unexpected == found.mismatched == ()
     convert(tmp_path / "fused", tmp_path / "again", Form(None))
     assert same(tensors_of(tmp_path / "split"), tensors_of(tmp_path / "again"))
     one, other = (load_model(tmp_path / f, dtype="float32") for f in ("split", "fused"))
