@@ -189,3 +189,23 @@ def test_ctrl_c_saves(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.run(on_eval=[lambda t: os.kill(os.getpid(), signal.SIGINT) or {} if t.step_index == 2 else {}])
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_fp8_with_masked_documents_and_with_full_recomputation(corpus, tmp_path):
+    """The loss of a step is the same however its backward is prepared; what is recomputed whole keeps no rounded copies."""
+    runs = [
+        trainer(corpus, tmp_path, precision="fp8", mask_documents=True, recompute=recompute)
+        for recompute in (False, True)
+    ]
+    first = [run.step() for run in runs]
+    assert first[0]["loss"] == first[1]["loss"]
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=0.1)
+    assert runs[0].step()["loss"] == pytest.approx(runs[1].step()["loss"], rel=0.02)
+
+
+def test_fp8_and_compile_exclude_each_other(corpus, tmp_path):
+    schedule = ScheduleConfig(steps=2, warmup_steps=1, batch_size=4)
+    with pytest.raises(ValueError, match="compile=True with precision 'fp8'"):
+        trainer(corpus, tmp_path, precision="fp8", compile=True, schedule=schedule)
+    with pytest.raises(ValueError, match=r"precision is 'int4': train in one of bfloat16, float32, fp8"):
+        trainer(corpus, tmp_path, precision="int4")
