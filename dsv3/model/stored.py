@@ -3,8 +3,9 @@
 `keep_fp8` swaps, from outside, every Linear that the published checkpoint stores as FP8, and the routed experts. The codes are
 weight and scales of the checkpoint itself, so a 671B model takes about 700 GB instead of 1.4 TB and is saved bit for bit.
 Rows stay bfloat16; codes are widened only inside the product (kernels/fp8_gemm.py), so results are those of the model in
-bfloat16, minus that one's rounding of the weights. The absorbed form of attention reads kv_b_proj as a matrix and widens it then:
-16.8 million values a layer of V3. Source: spec 2.3. Legend: O out, I in, E experts, W expert width, D model.
+bfloat16, minus that one's rounding of the weights. The absorbed form of attention multiplies each head's part of kv_b_proj's
+codes; only where heads are no multiple of 128 wide, as in tests, it widens that matrix first.
+Source: spec 2.3. Legend: O out, I in, E experts, W expert width, D model, H heads, C latent rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dsv3.kernels.fp8_gemm import fp8_grouped_mm, fp8_mm
 from dsv3.kernels.moe import permute, unpermute
-from dsv3.kernels.quant import Fp8, dequantize_blocks, tiles
+from dsv3.kernels.quant import TILE, Fp8, dequantize_blocks, tiles
 from dsv3.kernels.swiglu import swiglu
 from dsv3.model.fp8 import is_swapped
 from dsv3.model.transformer import Attention, DeepseekV3, Experts
@@ -53,13 +54,42 @@ class StoredLinear(nn.Module):
 
 
 class StoredAttention(Attention):
-    """Attention whose kv_b_proj is codes."""
+    """Attention whose kv_b_proj is codes: the absorbed form multiplies each head's part of them as a group of its own."""
 
-    @property
-    def kv_b_weight(self) -> Tensor:
+    def absorb_keys(self, q_nope: Tensor) -> Tensor:
+        codes, scales, size = *self._heads(), self.config.qk_nope_head_dim
+        if scales is None:
+            return super().absorb_keys(q_nope)
+        return _by_head(q_nope, codes[:, :size].mT, scales[:, : tiles(size)].mT)
+
+    def expand_values(self, out: Tensor) -> Tensor:
+        codes, scales, size = *self._heads(), self.config.qk_nope_head_dim
+        if scales is None:
+            return super().expand_values(out)
+        return _by_head(out, codes[:, size:], scales[:, tiles(size) :])
+
+    def _heads(self) -> tuple[Tensor, Tensor | None]:
+        """Codes (H, n + V, C) and scales (H, blocks, C blocks); None for sizes where a block spans two heads."""
+        stored, config = self.kv_b_proj, self.config
+        assert isinstance(stored, StoredLinear)
+        codes = stored.weight.unflatten(0, (config.num_attention_heads, -1))
+        if config.qk_nope_head_dim % TILE or config.v_head_dim % TILE:
+            return codes, None
+        return codes, stored.weight_scale_inv.unflatten(0, (config.num_attention_heads, -1))
+
+    def _kv_b(self) -> Tensor:
         stored = self.kv_b_proj
         assert isinstance(stored, StoredLinear)
-        return dequantize_blocks(stored.weight, stored.weight_scale_inv)
+        whole = dequantize_blocks(stored.weight, stored.weight_scale_inv)
+        return whole.unflatten(0, (self.config.num_attention_heads, -1))
+
+
+def _by_head(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x (B, H, T, K), codes (H, N, K) with scales a 128x128 block -> (B, H, T, N)."""
+    batch, heads, length, width = x.shape
+    offsets = torch.arange(heads + 1, device=x.device) * (batch * length)
+    y = fp8_grouped_mm(x.transpose(0, 1).reshape(-1, width), None, codes, scales, offsets, x.dtype)
+    return y.view(heads, batch, length, -1).transpose(0, 1)
 
 
 class StoredExperts(nn.Module):

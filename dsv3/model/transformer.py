@@ -298,16 +298,21 @@ class Attention(nn.Module):
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         """-> (B, T, H·V) straight from latent (B, S, C + R), mask (B, T, S)."""
         config = self.config
-        w = self.kv_b_weight.unflatten(0, (config.num_attention_heads, -1))
-        w_uk, w_uv = w.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, n, C), (H, V, C)
-        q = torch.cat((q_nope.transpose(1, 2) @ w_uk, q_pe.transpose(1, 2)), dim=-1)  # (B, H, T, C + R)
+        q = torch.cat((self.absorb_keys(q_nope.transpose(1, 2)), q_pe.transpose(1, 2)), dim=-1)  # (B, H, T, C + R)
         out = attend_latent(q, latent, rank=config.kv_lora_rank, scale=config.softmax_scale, mask=mask)
-        return (out @ w_uv.transpose(1, 2)).transpose(1, 2).flatten(-2)
+        return self.expand_values(out).transpose(1, 2).flatten(-2)
 
-    @property
-    def kv_b_weight(self) -> Tensor:
-        """The up-projection as a matrix, (H·(n + V), C)."""
-        return self.kv_b_proj.weight
+    def absorb_keys(self, q_nope: Tensor) -> Tensor:
+        """q_nope (B, H, T, n) -> (B, H, T, C): times W_UK of each head."""
+        return q_nope @ self._kv_b()[:, : self.config.qk_nope_head_dim]
+
+    def expand_values(self, out: Tensor) -> Tensor:
+        """Sums of latents (B, H, T, C) -> (B, H, T, V): times W_UV of each head."""
+        return out @ self._kv_b()[:, self.config.qk_nope_head_dim :].mT
+
+    def _kv_b(self) -> Tensor:
+        """The up-projection by heads, (H, n + V, C)."""
+        return self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form multiplies less for so many queries against so many cached keys."""

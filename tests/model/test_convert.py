@@ -14,7 +14,10 @@ from dsv3.model.census import disk_tensors, inspect, is_fp8_weight
 from dsv3.model.config import ModelConfig
 from dsv3.model.convert import convert
 from dsv3.model.shards import CODES, Form
+from dsv3.model.stored import StoredAttention, keep_fp8
+from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model, save_checkpoint, save_model, verify_checkpoint
+from tests.kernels.distance import distance
 from tests.model.test_weights import WIDE, build, same, tensors_of, write_fp8
 from tests.parity.test_model import BASE, YARN
 
@@ -86,6 +89,23 @@ def test_kept_in_fp8_is_the_bfloat16_model(tmp_path, name):
     save_model(kept, tmp_path / "again")
     assert same(tensors_of(tmp_path / "fp8"), tensors_of(tmp_path / "again"))
     assert (tmp_path / "fp8/config.json").read_bytes() == (tmp_path / "again/config.json").read_bytes()
+
+
+def test_absorbed_attention_by_heads_of_codes():
+    """With V3's 128-value heads each head's codes are multiplied as they lie: equal to the widened matrix but for rounding."""
+    config = dataclasses.replace(kind("DeepSeek-V3-0324"), qk_nope_head_dim=128, v_head_dim=256, num_attention_heads=3)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = DeepseekV3(config).bfloat16()
+        keep_fp8(model)
+    attention = model.to_empty(device="cpu").model.layers[0].self_attn
+    assert type(attention) is StoredAttention
+    weight = torch.randn(3 * 384, config.kv_lora_rank)
+    attention.kv_b_proj.weight, attention.kv_b_proj.weight_scale_inv = cast_blocks(weight)
+    q, out = torch.randn(2, 3, 5, 128).bfloat16(), torch.randn(2, 3, 5, config.kv_lora_rank).bfloat16()
+    whole = dequantize_blocks(*cast_blocks(weight), torch.float64).unflatten(0, (3, -1))
+    assert distance(attention.absorb_keys(q), q.double() @ whole[:, :128]) < 0.003
+    assert distance(attention.expand_values(out), out.double() @ whole[:, 128:].mT) < 0.003
 
 
 def test_a_published_checkpoint_whose_scales_lie_elsewhere(tmp_path):
