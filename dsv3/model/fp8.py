@@ -9,7 +9,7 @@ stores as FP8, and the routed experts, into the modules below; embedding, head, 
 keep their precision. A swapped module holds the float32 master itself (gradients reach it in float32) and the codes of its
 weight, cast anew after each optimizer step: no bfloat16 copy exists.
 
-What the backward reads again is small: `Keeping` runs a block of a layer under torch's checkpoint, and of its products keeps
+What the backward reads again is small: `keeping` runs a block of a layer under torch's checkpoint, and of its products keeps
 
     q_a, kv_a, q     as they are                 the latents that the up-projections start from
     gate, up         e4m3, 1x128                 SwiGLU is computed again from them
@@ -65,10 +65,14 @@ _KEEP = {
 }
 
 
+# Norms whose result goes straight into FP8 products; kv_a's is cut and joined first.
+_CAST_NORMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm")
+
+
 def swap_fp8(model: DeepseekV3) -> None:
     """Replace, in place, what is multiplied in FP8. Parameters keep their names, order and identity."""
     for path, module in list(model.named_modules()):
-        if type(module) is RMSNorm:
+        if isinstance(module, RMSNorm) and path.rpartition(".")[2] in _CAST_NORMS:
             module.__class__ = Fp8RMSNorm
         if not is_swapped(path, module):
             continue
@@ -147,17 +151,24 @@ class Fp8RMSNorm(RMSNorm):
 
 
 def _tiles_of(x: Tensor) -> Fp8:
-    """The tiles of x (..., D) as rows, cast once for all that read this very tensor (gate and up, q_a and kv_a): kept on it,
-    and gone with it."""
-    held = x.__dict__.get("_dsv3_tiles")
+    """The tiles of x (..., D) as rows, cast once for all that read these very values (gate and up, q_a and kv_a): kept on the
+    tensor, or on the one that it is another shape of, and gone with it."""
+    held = _root(x).__dict__.get("_dsv3_tiles")
     if held is None or held[0] != x._version:
         return _keep_tiles(x, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
     return held[1]
 
 
 def _keep_tiles(x: Tensor, cast: Fp8) -> Fp8:
-    x.__dict__["_dsv3_tiles"] = (x._version, cast)
+    _root(x).__dict__["_dsv3_tiles"] = (x._version, cast)
     return cast
+
+
+def _root(x: Tensor) -> Tensor:
+    base = x._base
+    if base is None or base.numel() != x.numel() or base.shape[-1] != x.shape[-1]:
+        return x
+    return base if base.is_contiguous() and x.is_contiguous() else x
 
 
 # -- products with their gradients ---------------------------------------------------------------------------------------

@@ -163,3 +163,24 @@ def test_refresh_follows_the_master():
     fresh = compute_copy(master, "fp8")
     assert torch.equal(twin(torch.arange(8).unsqueeze(0)), fresh(torch.arange(8).unsqueeze(0)))
     assert not torch.equal(twin(torch.arange(8).unsqueeze(0)), before)
+
+
+def test_a_norm_is_cast_once_for_all_that_read_it(monkeypatch):
+    """gate and up of a dense layer and of the shared experts take the tiles that the norm made; another tensor is cast anew."""
+    twin = compute_copy(random_model(SMALL), "fp8")
+    seen = []
+    monkeypatch.setattr(
+        "dsv3.model.fp8.cast_tiles", lambda x, pow2=False: seen.append((tuple(x.shape), pow2)) or cast_tiles(x, pow2)
+    )
+    layer = twin.model.layers[1]
+    x = torch.randn(2, 5, SMALL.hidden_size).bfloat16()
+    layer.mlp_block(x, twin._context(5, x.device, None, None, balance=False))
+    dispatched, down = ((10, 160), True), ((10, 144), False)
+    assert sorted(seen) == sorted([dispatched, down]), seen
+    seen.clear()
+    y = torch.randn(10, SMALL.hidden_size).bfloat16()
+    layer.mlp.shared_experts(y)
+    with torch.no_grad():
+        y.mul_(2)  # the tiles kept on it no longer hold
+    layer.mlp.shared_experts(y)
+    assert seen.count(((10, 160), False)) == 2
