@@ -207,12 +207,23 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
 
     One sign, five exponent and six mantissa bits, laid out as the upper 12 of float16; two values fill three bytes.
     """
+    x = x.contiguous()
+    if not _in_c(x):
+        return pack_e5m6_reference(x)
+    packed = torch.empty(*x.shape[:-1], x.shape[-1] // 2 * 3, dtype=torch.uint8)
+    scales = torch.empty(*x.shape[:-1], tiles(x.shape[-1]))
+    native.call("pack_e5m6", x, packed, scales, x.numel() // x.shape[-1], x.shape[-1], _wide(x))
+    return packed, scales
+
+
+def pack_e5m6_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch."""
     parts = _split(x.float(), -1)
     amax = parts.abs().amax(-1)
     scales = _scale(amax, True) / 64  # amax / scale in [2^13, 2^15): inside e5m6, whose largest is 65024
     values = (parts / scales.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
     half = _round_e5m6(values).to(torch.float16)  # exact: seven significant bits
-    words = (half.view(torch.int16).to(torch.int32) & 0xFFFF) >> 4
+    words = torch.where(values.isnan(), 0x7E0, (half.view(torch.int16).to(torch.int32) & 0xFFFF) >> 4)
     first, second = words.unflatten(-1, (-1, 2)).unbind(-1)
     packed = torch.stack((first >> 4, ((first & 15) << 4) | (second >> 8), second & 255), -1)
     return packed.flatten(-2).to(torch.uint8), scales
@@ -229,6 +240,17 @@ def _round_e5m6(x: Tensor) -> Tensor:
 @torch.library.custom_op("dsv3::unpack_e5m6", mutates_args=())
 def unpack_e5m6(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What `pack_e5m6` gave -> values (..., K)."""
+    width = packed.shape[-1] // 3 * 2
+    in_c = packed.device.type == "cpu" and dtype == torch.bfloat16 and width % 16 == 0 and packed.numel()
+    if not in_c or native.library() is None:
+        return unpack_e5m6_reference(packed, scales, dtype)
+    out = torch.empty(*packed.shape[:-1], width, dtype=dtype)
+    native.call("unpack_e5m6", packed.contiguous(), scales.contiguous(), out, out.numel() // width, width)
+    return out
+
+
+def unpack_e5m6_reference(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same by torch."""
     a, b, c = packed.unflatten(-1, (-1, 3)).to(torch.int32).unbind(-1)
     words = torch.stack(((a << 4) | (b >> 4), ((b & 15) << 8) | c), -1).flatten(-2)
     words = torch.where(words >= 2048, words - 4096, words)  # the sign bit, for int16

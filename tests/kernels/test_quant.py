@@ -17,9 +17,11 @@ from dsv3.kernels.quant import (
     dequantize_blocks,
     dequantize_tiles,
     pack_e5m6,
+    pack_e5m6_reference,
     retile,
     tiles,
     unpack_e5m6,
+    unpack_e5m6_reference,
 )
 from tests.kernels.distance import distance
 from tests.kernels.test_triton import hard_values, same
@@ -127,6 +129,20 @@ def test_e5m6():
     bad = torch.ones(1, 128)
     bad[0, 1] = torch.nan
     assert unpack_e5m6(*pack_e5m6(bad), torch.float32).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_e5m6_in_c_equals_torch(dtype):
+    x = hard_values(37, 272, dtype)
+    packed, scales = pack_e5m6(x)
+    wanted = pack_e5m6_reference(x)
+    assert torch.equal(packed, wanted[0])
+    assert torch.equal(scales.nan_to_num(-1.0), wanted[1].nan_to_num(-1.0))
+    back = unpack_e5m6(packed, scales, torch.bfloat16)
+    assert torch.equal(
+        back.view(torch.int16)[7:], unpack_e5m6_reference(packed, scales, torch.bfloat16).view(torch.int16)[7:]
+    )
+    assert torch.equal(back.isnan(), unpack_e5m6_reference(packed, scales, torch.bfloat16).isnan())
 
 
 def test_registered():

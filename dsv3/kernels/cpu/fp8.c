@@ -203,6 +203,54 @@ void cast_blocks(const void *w, fp8 *q, float *s, long E, long O, long I, long w
     }
 }
 
+/* Upper twelve bits of float16: six of mantissa, to nearest even, steps of 2^-20 below 2^-14. Input: |x| < 2^15 or NaN. */
+INLINE __m512i to_e5m6(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), sign = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(0x800));
+    const __m512 size = _mm512_abs_ps(x);
+    const __m512i u = _mm512_castps_si512(size), odd = _mm512_and_si512(_mm512_srli_epi32(u, 17), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0xffff)), odd);
+    const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(rounded, 17), _mm512_set1_epi32(112 << 6));
+    const __m512 magic = _mm512_set1_ps(8.0f); /* its step is 2^-20 */
+    const __m512i small = _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(size, magic)), _mm512_castps_si512(magic));
+    const __mmask16 tiny = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p-14f), _CMP_LT_OQ);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_blend_epi32(nan, _mm512_or_si512(_mm512_mask_blend_epi32(tiny, normal, small), sign), _mm512_set1_epi32(0x7e0));
+}
+
+/* x (R, K) bfloat16 or float32 -> packed (R, 3 K / 2) bytes, scales (R, ceil K/128), powers of two. K: a multiple of 16. */
+void pack_e5m6(const void *x, uint8_t *packed, float *s, long R, long K, long wide, int threads) {
+    const long tiles = (K + SIDE - 1) / SIDE;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < R; r++)
+        for (long t = 0; t < tiles; t++) {
+            const long from = r * K + t * SIDE, end = from + (K - t * SIDE < SIDE ? K - t * SIDE : SIDE);
+            __m512 top = _mm512_setzero_ps();
+            for (long i = from; i < end; i += 16) top = larger(top, load16(x, i, wide));
+            const float scale = s[r * tiles + t] = scale_of(reduce_amax(top), 1) / 64.0f;
+            for (long i = from; i < end; i += 16) {
+                uint32_t w[16];
+                _mm512_storeu_si512(w, to_e5m6(_mm512_div_ps(load16(x, i, wide), _mm512_set1_ps(scale))));
+                uint8_t *out = packed + i / 2 * 3;
+                for (int l = 0; l < 16; l += 2, out += 3)
+                    out[0] = w[l] >> 4, out[1] = (w[l] & 15) << 4 | w[l + 1] >> 8, out[2] = w[l + 1];
+            }
+        }
+}
+
+/* packed (R, 3 K / 2), scales -> out (R, K) bfloat16. */
+void unpack_e5m6(const uint8_t *packed, const float *s, bf16 *out, long R, long K, int threads) {
+    const long tiles = (K + SIDE - 1) / SIDE;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < R; r++)
+        for (long k = 0; k < K; k += 16) {
+            const uint8_t *in = packed + (r * K + k) / 2 * 3;
+            uint16_t h[16];
+            for (int l = 0; l < 16; l += 2, in += 3) h[l] = in[0] << 8 | (in[1] & 0xf0), h[l + 1] = in[1] << 12 | in[2] << 4;
+            const __m512 v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+            store_bf16(out + r * K + k, _mm512_mul_ps(v, _mm512_set1_ps(s[r * tiles + k / SIDE])));
+        }
+}
+
 /* ---- products --------------------------------------------------------------------------------------------------------- */
 
 /* One product: c (M, N) = sum over k of a[m, k] b[n, k], each 128 of k from the first on weighted with both scales.
