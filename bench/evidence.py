@@ -149,10 +149,10 @@ def agreement(model: DeepseekV3, rows: Iterable[Tensor]) -> float:
 
 def samples(model: DeepseekV3, tokenizer: Tokenizer, prompts: list[list[int]], words: set[str]) -> dict[str, Any]:
     """Continuations at temperature 0.8: share of distinct 4-grams, share of words that the training text knows."""
-    engine, out = Engine(model, tokenizer), []
+    engine, out = Engine(model, tokenizer, drafts=0), []
     for i, ids in enumerate(prompts):
         params = SamplingParams(max_tokens=64, temperature=0.8, seed=i, ignore_eos=True)
-        out.append(engine.complete(ids, params, speculate=False))
+        out.extend(engine.complete([ids], params))
     grams = [tuple(s.token_ids[i : i + 4]) for s in out for i in range(len(s.token_ids) - 3)]
     found = [word for s in out for word in re.findall(r"[A-Za-z]{3,}", s.text)]
     return {

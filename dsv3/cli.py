@@ -152,7 +152,8 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    speculate: bool | None = None
+    drafts: int | None = None
+    """Tokens that the MTP layer guesses ahead; 0: none. Default: one, where the model has an MTP layer."""
     dtype: Literal["bfloat16", "float32", "fp8"] = "bfloat16"
     """fp8: weights stay in FP8 (or are cast to it), a byte each."""
     device: str = "cpu"
@@ -315,8 +316,8 @@ def _generate(verb: Generate) -> None:
         model, tokenizer = dsv3.load(
             _checkpoint(verb.checkpoint), dtype=verb.dtype, device=verb.device, progress=progress
         )
-    engine = dsv3.Engine(model, tokenizer)
-    for prompt, sample in zip(verb.prompt, engine.generate(verb.prompt, params, speculate=verb.speculate)):
+    engine = dsv3.Engine(model, tokenizer, drafts=verb.drafts)
+    for prompt, sample in zip(verb.prompt, engine.generate(verb.prompt, params)):
         print(f"{prompt}{sample.text}")
         if sample.drafted:
             print(

@@ -1,136 +1,475 @@
-"""Generation: a prompt's tokens in, a sample out, with MTP speculation where the model has an MTP layer.
+"""The engine: requests of token ids in, tokens, text and log-probabilities out, all requests in one batch.
 
-    plain        one forward a token against the latent cache (absorbed attention)
-    speculative  the MTP layer drafts one token; the next forward reads the sure token and the draft and yields one token,
-                 or two when the draft stands. Greedy output is that of plain decoding; sampled output has its distribution.
-Source: V3 report sections 2.2 and 5.4.3. Legend: B batch, T tokens, D model, V vocabulary.
-Does not: batch requests, page or stream over a network (issue 4); chain drafts of several depths.
+    step     scheduler: what to read -> runner: states, logits -> a token or several for each sequence that is ready
+             -> drafts for the next step, by the MTP layer (dsv3.infer.speculate)
+    request  n sequences with one prompt, or several; each lives on pages of its own and pages it shares
+
+One sequence's fault (numbers that are not finite, a grammar that breaks) ends that sequence alone. On a runner that computes
+each row alone, a request's bytes depend on the request only: not on what else runs, nor on pages found, nor on being set aside.
+Source: V3 report sections 2.2, 3.4, 5.4.3. Legend: N rows of a step, V vocabulary.
+Does not: wait, thread or speak HTTP (dsv3.serve).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsv3.infer.sampling import SamplingParams, accept, distribution, draw
+from dsv3.infer.grammar import Grammars, Matcher
+from dsv3.infer.grammar import Vocabulary as Grammatical
+from dsv3.infer.pages import PAGE, PageBook, PageStore
+from dsv3.infer.runner import Runner, Segment, open_runner
+from dsv3.infer.sampling import SamplingParams, accept, adjust, chance, distribution, draw
+from dsv3.infer.scheduler import Chunk, Scheduler, Sequence
+from dsv3.infer.scores import PageScores, TokenScore, score
+from dsv3.infer.speculate import Speculator
+from dsv3.infer.text import Codec, TextStream
 from dsv3.model.transformer import DeepseekV3
 
+_SCORE_ROWS = 128  # prompt rows whose logits exist at once
 
-class Codec(Protocol):
-    """What the engine asks of a tokenizer."""
 
-    def encode(self, text: str, /) -> list[int]: ...
-    def decode(self, ids: Sequence[int], /) -> str: ...
-    @property
-    def bos_id(self) -> int | None: ...
+class Tier(Protocol):
+    """A second place for pages (dsv3.infer.disk.DiskTier)."""
+
+    def fetch(self, key: bytes, store: PageStore, page: int) -> bool: ...
+    def keep(self, key: bytes, store: PageStore, page: int) -> None: ...
+
+
+class Vocabulary(Codec, Grammatical, Protocol):
+    """What the engine asks of a tokenizer (dsv3.data.tokenizer.Tokenizer has it)."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to one answer. `text` is final: nothing of it is taken back. `error`: why it failed, if it did.
+
+    Attributes:
+        scores: of each token, where asked for. routes: for each token the experts it was computed from, a tuple a MoE layer.
+        drafted, accepted: MTP drafts that this step looked at, and those that stand.
+    """
+
+    request: int
+    choice: int
+    token_ids: list[int]
+    text: str
+    scores: list[TokenScore]
+    finish_reason: str | None = (
+        None  # "stop": an end token, stop string or finished grammar; "length"; "abort"; "error"
+    )
+    error: str | None = None
+    routes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion. `drafted` and `accepted` count MTP drafts; both 0 without speculation."""
+    """A whole answer. `drafted` and `accepted` count MTP drafts; `cached` the prompt tokens that were not read anew."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": an end token; "length": max_tokens
+    finish_reason: str
     drafted: int = 0
     accepted: int = 0
+    cached: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
 
     @property
     def acceptance(self) -> float:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+@dataclass(eq=False)
+class Work:
+    """What the engine keeps beside a sequence."""
+
+    request: Request
+    text: TextStream
+    matcher: Matcher | None
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and its answers."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_scores: list[TokenScore | None] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens found in pages."""
+        return self.sequences[0].cached or 0
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was made. drafted[i], accepted[i]: drafts at place i of their chain."""
+
+    steps: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    preemptions: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+
 class Engine:
-    """Generates with a model; holds no state between calls."""
+    """Serves a model.
 
-    def __init__(self, model: DeepseekV3, tokenizer: Codec) -> None:
+    Args:
+        drafts: tokens that the MTP layer guesses ahead; None: one if the model has an MTP layer.
+        cache_gb: gigabytes (10^9 bytes) for the latent cache.
+        max_running: most sequences that run at once. step_tokens: most tokens a step reads.
+        share: find the prefixes of earlier requests.
+        tier: a second place for pages (dsv3.infer.disk.DiskTier).
+
+    Raises:
+        ValueError: drafts without an MTP layer; a cache too small for a page.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV3,
+        tokenizer: Vocabulary,
+        *,
+        drafts: int | None = None,
+        cache_gb: float = 1.0,
+        max_running: int = 64,
+        step_tokens: int = 512,
+        share: bool = True,
+        tier: Tier | None = None,
+    ) -> None:
+        mtp = model.config.num_nextn_predict_layers
+        if drafts and not mtp:
+            raise ValueError(
+                f"drafts={drafts} needs an MTP layer, the model has num_nextn_predict_layers 0: load one that has"
+            )
         self.model, self.tokenizer = model, tokenizer
+        self.drafts = (1 if mtp else 0) if drafts is None else drafts
+        self.runner: Runner = open_runner(model, cache_gb, mtp=self.drafts > 0)
+        self.store: PageStore = self.runner.store
+        self.tier = tier
+        self.scheduler = Scheduler(
+            PageBook(self.store.latents.shape[1]),
+            step_tokens=max(step_tokens, max_running * (1 + self.drafts)),
+            max_running=max_running,
+            drafts=self.drafts,
+            share=share,
+            fetch=None if tier is None else lambda key, page: tier.fetch(key, self.store, page),
+            usable=self._usable,
+        )
+        self._page_scores = PageScores()
+        self.grammars = Grammars(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
+        self.speculator = Speculator(self.runner, self.drafts, self._forbid_unused)
+        self.stats = Stats(drafted=[0] * self.drafts, accepted=[0] * self.drafts)
+        self._ids, self._vocab = itertools.count(1), tokenizer.vocab_size
 
-    def generate(
-        self, prompts: Sequence[str], params: SamplingParams = SamplingParams(), *, speculate: bool | None = None
-    ) -> Iterator[Sample]:
-        """A sample for each prompt, in order. A prompt is the beginning of a document: BOS goes before it, as in training.
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Items[int], params: SamplingParams = SamplingParams(), *, salt: bytes = b"") -> Request:
+        """Take a request; `step` works on it from now on.
 
         Args:
-            speculate: draft with the MTP layer; None: when the model has one.
+            salt: whose it is: pages are shared among equal salts only.
 
         Raises:
-            ValueError: a prompt plus max_tokens exceeds the model's positions, or there is no MTP layer to speculate with.
+            ValueError: the prompt is empty, has an id beyond the vocabulary, is too long, or the grammar is none.
         """
-        for prompt in prompts:
-            bos = self.tokenizer.bos_id
-            ids = [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
-            if not ids:
-                raise ValueError("the prompt is empty and the tokenizer has no BOS token to start from: give a prompt")
-            yield self.complete(ids, params, speculate=speculate)
-
-    @torch.inference_mode()
-    def complete(self, ids: Sequence[int], params: SamplingParams, *, speculate: bool | None = None) -> Sample:
-        """The same for one prompt of token ids."""
-        config = self.model.config
-        if speculate and config.num_nextn_predict_layers == 0:
+        prompt, config = list(prompt), self.model.config
+        if not prompt:
+            raise ValueError("the prompt has no tokens: give at least one")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            raise ValueError(f"the prompt holds token {wrong}, the vocabulary ends at {config.vocab_size - 1}")
+        if len(prompt) + params.max_tokens > config.max_position_embeddings:
             raise ValueError(
-                "speculate=True needs an MTP layer, the model has num_nextn_predict_layers 0: load one that has"
-            )
-        need = len(ids) + params.max_tokens + 1
-        if need > config.max_position_embeddings:
-            raise ValueError(
-                f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed max_position_embeddings "
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed max_position_embeddings "
                 f"{config.max_position_embeddings}: shorten one"
             )
-        if speculate or (speculate is None and config.num_nextn_predict_layers > 0):
-            return self._speculative(list(ids), params, need)
-        return self._plain(list(ids), params, need)
+        for token in params.logit_bias:
+            if not 0 <= token < self._vocab:
+                raise ValueError(f"logit_bias names token {token}, the vocabulary ends at {self._vocab - 1}")
+        request = Request(next(self._ids), prompt, params)
+        matchers = [self.grammars.matcher(params.grammar) if params.grammar else None for _ in range(params.n)]
+        for choice, matcher in enumerate(matchers):
+            first = request.sequences[0] if request.sequences else None
+            sequence = Sequence(list(prompt), params, choice, salt, first)
+            sequence.work = Work(request, TextStream(self.tokenizer.stream(), params.stop), matcher)
+            request.sequences.append(sequence)
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+        return request
 
-    def _plain(self, ids: list[int], params: SamplingParams, capacity: int) -> Sample:
-        generator = torch.Generator().manual_seed(params.seed)
-        cache, out, tokens = self.model.new_cache(1, capacity), [], ids
-        while not self._finished(out, params):
-            logits = self.model(self._row(tokens), cache=cache)[0, -1]
-            tokens = [draw(self._choose(logits, params), generator)]
-            out += tokens
-        return self._sample(out, params)
+    def abort(self, request: Request) -> None:
+        """Its unfinished answers end here, their pages are free at once."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._end(sequence, "abort")
 
-    def _speculative(self, ids: list[int], params: SamplingParams, capacity: int) -> Sample:
-        model, generator = self.model, torch.Generator().manual_seed(params.seed)
-        cache, mtp_cache = model.new_cache(1, capacity), model.new_cache(1, capacity, mtp=True)
-        states = model.hidden(self._row(ids), cache=cache).main  # (1, T, D)
-        token = draw(self._choose(model.lm_head(states[0, -1]), params), generator)
-        out, followers, drafted, accepted = [token], [*ids[1:], token], 0, 0
-        while not self._finished(out, params):
-            # states[i] are sure, followers[i] the sure token after each: what the MTP layer reads.
-            guess = model.lm_head(model.draft(states, self._row(followers), cache=mtp_cache)[0, -1])
-            q = self._choose(guess, params)
-            draft = draw(q, generator)
-            pair = model.hidden(self._row([out[-1], draft]), cache=cache).main
-            logits = model.lm_head(pair[0])
-            stands, token = accept(draft, self._choose(logits[0], params), q, generator)
-            drafted, accepted = drafted + 1, accepted + stands
-            states, followers = (pair, [token]) if stands else (pair[:, :1], [token])
-            if stands:
-                followers = [token, draw(self._choose(logits[1], params), generator)]
-            else:
-                cache.rewind(cache.lengths - 1)
-            out += followers
-        return self._sample(out, params, drafted, accepted)
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _choose(self, logits: Tensor, params: SamplingParams) -> Tensor:
-        return distribution(logits.to("cpu"), params)
+    def generate(self, prompts: Items[str], params: SamplingParams = SamplingParams()) -> Iterator[Sample]:
+        """Samples of each prompt in order. A prompt begins a document: BOS goes before it, as in training."""
+        bos = self.tokenizer.bos_id
+        starts = [[*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)] for prompt in prompts]
+        if not all(starts):
+            raise ValueError("the prompt is empty and the tokenizer has no BOS token to start from: give a prompt")
+        yield from self.complete(starts, params)
 
-    def _row(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([ids], dtype=torch.int64, device=self.model.lm_head.weight.device)
+    def complete(self, prompts: Items[Items[int]], params: SamplingParams = SamplingParams()) -> Iterator[Sample]:
+        """The same for prompts of token ids."""
+        requests = [self.add(prompt, params) for prompt in prompts]
+        parts: dict[tuple[int, int], list[Delta]] = {}
+        try:
+            for request in requests:
+                while any(sequence.finish_reason is None for sequence in request.sequences):
+                    for delta in self.step():
+                        parts.setdefault((delta.request, delta.choice), []).append(delta)
+                for sequence in request.sequences:
+                    yield _sample(sequence, parts.pop((request.id, sequence.choice)))
+        finally:
+            for request in requests:
+                self.abort(request)
 
-    def _finished(self, out: list[int], params: SamplingParams) -> bool:
-        ended = not params.ignore_eos and any(token in self.model.config.eos_token_ids for token in out[-2:])
-        return ended or len(out) >= params.max_tokens
+    # -- a step --------------------------------------------------------------------------------------------------------
 
-    def _sample(self, out: list[int], params: SamplingParams, drafted: int = 0, accepted: int = 0) -> Sample:
-        out = out[: params.max_tokens]
-        ends = [] if params.ignore_eos else [i for i, t in enumerate(out) if t in self.model.config.eos_token_ids]
-        kept = out[: ends[0]] if ends else out
-        reason = "stop" if ends else "length"
-        return Sample(self.tokenizer.decode(kept), kept, reason, drafted, accepted)
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Read one step's tokens; what it added to which answers."""
+        chunks = self.scheduler.next_step()
+        if not chunks:
+            return []
+        deltas: list[Delta] = []
+        ended: list[Sequence] = []
+        chunks, states = self._forward(chunks, deltas)
+        if not chunks:
+            return deltas
+        self.stats.steps, self.stats.rows = self.stats.steps + 1, self.stats.rows + len(states)
+        starts = list(itertools.accumulate((len(c.tokens) for c in chunks), initial=0))
+        ready = [
+            i for i, c in enumerate(chunks) if c.sequence.decoding or c.start + c.count == c.sequence.prompt_length
+        ]
+        rows = [row for i in ready for row in range(starts[i] + chunks[i].count - 1, starts[i + 1])]
+        logits = self._forbid_unused(self.runner.logits(states[rows])) if rows else torch.empty(0, 1)
+        best, at = logits.max(-1) if rows else (logits, logits), 0
+        finite, likeliest = (best[0].isfinite().tolist(), best[1].tolist()) if rows else ([], [])
+        for i, chunk in enumerate(chunks):
+            sequence, own = chunk.sequence, states[starts[i] : starts[i + 1]]
+            count = len(chunk.tokens) - chunk.count + 1 if i in ready else 0
+            mine = slice(at, at + count)
+            at += count
+            try:
+                self._score_prompt(chunk, own)
+                if not all(finite[mine]):
+                    raise FloatingPointError("the model's logits are not finite: see `dsv3 inspect --verify`")
+                row = starts[i] + chunk.count - 1
+                taken = self._decide(sequence, logits[mine], likeliest[mine], row, deltas) if count else 0
+            except Exception as error:
+                deltas.append(self._fail(sequence, error))
+                continue
+            computed = chunk.start + chunk.count + max(taken - 1, 0)
+            for page, last in self.scheduler.computed(sequence, computed):
+                self.store.states[page].copy_(own[last - chunk.start])
+            self._keep_scores(sequence)
+            if sequence.finish_reason is not None:
+                ended.append(sequence)
+        # Those that end now are drafted too: the pages they leave behind must be whole for the next who finds them.
+        self.speculator.draft(
+            [(c, states[a:b]) for c, a, b in zip(chunks, starts, starts[1:]) if c.sequence.finish_reason != "error"]
+        )
+        for sequence in ended:
+            self._end(sequence, sequence.finish_reason or "stop")
+        self._page_scores.shrink()
+        return deltas
+
+    def _forward(self, chunks: list[Chunk], deltas: list[Delta]) -> tuple[list[Chunk], Tensor]:
+        """All chunks together; should that fail, each alone, so that the one at fault fails alone."""
+        try:
+            return chunks, self.runner.forward([_segment(c) for c in chunks])
+        except Exception:
+            whole, rows = [], []
+            for chunk in chunks:
+                try:
+                    rows.append(self.runner.forward([_segment(chunk)]))
+                    whole.append(chunk)
+                except Exception as error:
+                    deltas.append(self._fail(chunk.sequence, error))
+            return whole, torch.cat(rows) if rows else torch.empty(0)
+
+    def _decide(self, sequence: Sequence, logits: Tensor, likeliest: list[int], row: int, deltas: list[Delta]) -> int:
+        """Take the drafts that stand and one token more; how many tokens that is. row: of the step, where the logits begin."""
+        params, work = sequence.params, sequence.work
+        before, text, scores = len(sequence.tokens), "", []
+        seen = work.drafted, work.accepted
+        drafts, guesses = sequence.drafts, sequence.guesses
+        for i in range(len(logits)):
+            draft = drafts[i] if i < len(drafts) else None
+            if params.max_tokens == 0:
+                sequence.finish_reason = "length"
+                break
+            stands, token = likeliest[i] == draft, likeliest[i]
+            if not params.plain:
+                stands, token = self._choose(sequence, logits[i], draft, guesses[i] if draft is not None else None)
+                if params.logprobs is not None:
+                    scores.append(score(logits[i], token, params.logprobs))
+            if draft is not None:
+                self._count_draft(work, i, stands)
+            text += self._take(sequence, token)
+            if sequence.finish_reason is not None or not stands:
+                break
+        sequence.drafts, sequence.guesses = [], []
+        taken = sequence.tokens[before:]
+        self.stats.answer_tokens += len(taken)
+        kept = taken[:-1] if self._ends(sequence, taken) else taken
+        if sequence.finish_reason is not None:
+            text += work.text.finish()
+        delta = Delta(
+            request=work.request.id,
+            choice=sequence.choice,
+            token_ids=kept,
+            text=text,
+            scores=scores[: len(kept)],
+            finish_reason=sequence.finish_reason,
+            routes=self._routes(row, len(kept)) if params.routes else [],
+            drafted=work.drafted - seen[0],
+            accepted=work.accepted - seen[1],
+        )
+        deltas.append(delta)
+        return len(taken)
+
+    def _routes(self, row: int, count: int) -> list[tuple[tuple[int, ...], ...]]:
+        rows = self.runner.experts[:, row : row + count].transpose(0, 1).tolist()
+        return [tuple(tuple(layer) for layer in token) for token in rows]
+
+    def _choose(self, sequence: Sequence, logits: Tensor, draft: int | None, guess: Tensor | None) -> tuple[bool, int]:
+        """Whether the draft stands, and the token."""
+        params, position = sequence.params, sequence.answered
+        row = adjust(logits, params, sequence.tokens[: sequence.prompt_length], sequence.answer)
+        if position < params.min_tokens:
+            row = row.clone()
+            row[list(self.model.config.eos_token_ids)] = -torch.inf
+        if sequence.work.matcher is not None:
+            row = sequence.work.matcher.mask(row)
+        if params.temperature == 0:
+            token = int(row.argmax())
+            return token == draft, token
+        p = distribution(row, params)
+        key = (params.seed, sequence.choice, position)
+        if draft is None:
+            return False, draw(p, chance(*key, "sample"))
+        assert guess is not None
+        return accept(draft, p, guess, chance(*key, "accept"), chance(*key, "sample"))
+
+    def _take(self, sequence: Sequence, token: int) -> str:
+        """Append a token; the text that it makes certain. Sets finish_reason if the answer ends with it."""
+        params, work = sequence.params, sequence.work
+        sequence.tokens.append(token)
+        if work.matcher is not None:
+            work.matcher.take(token)
+        ended, enough = token in self.model.config.eos_token_ids, sequence.answered >= params.min_tokens
+        text = ""
+        if ended and not params.ignore_eos and enough:
+            sequence.finish_reason = "stop"
+        else:
+            text = work.text.push(token, may_stop=enough)
+            done = work.text.stopped or (work.matcher is not None and work.matcher.finished)
+            if done or sequence.answered >= params.max_tokens:
+                sequence.finish_reason = "stop" if done else "length"
+        return text
+
+    def _ends(self, sequence: Sequence, taken: list[int]) -> bool:
+        """Whether the last token is an end token that is no part of the answer."""
+        stop = sequence.finish_reason == "stop" and not sequence.params.ignore_eos
+        return bool(taken) and stop and taken[-1] in self.model.config.eos_token_ids
+
+    def _score_prompt(self, chunk: Chunk, states: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens, for those who ask; a bounded number of logits at a time."""
+        sequence, want = chunk.sequence, chunk.sequence.params.prompt_logprobs
+        request = sequence.work.request
+        if want is None or sequence.choice > 0 or sequence.answered:
+            return
+        scores, start, states = request.prompt_scores, chunk.start, states[: chunk.count]
+        if not scores:
+            for key in sequence.keys:
+                scores += self._page_scores.get(key, want)
+            scores += [] if scores else [None]
+        if len(scores) == start and sequence.joined is not None:  # the first token behind the known pages
+            start, states = start - 1, torch.cat((self.store.states[sequence.joined].unsqueeze(0), states))
+        for first in range(0, len(states), _SCORE_ROWS):
+            logits = self._forbid_unused(self.runner.logits(states[first : first + _SCORE_ROWS]))
+            for i, row in enumerate(logits, start + first + 1):
+                if i == len(scores) and i < sequence.prompt_length:  # one set aside reads its prompt again
+                    scores.append(score(row, sequence.tokens[i], want))
+
+    def _keep_scores(self, sequence: Sequence) -> None:
+        """Of pages that are full now."""
+        want, scores = sequence.params.prompt_logprobs, sequence.work.request.prompt_scores
+        if want is None:
+            return
+        for i, key in enumerate(sequence.keys):
+            if len(scores) >= (i + 1) * PAGE and (key, want) not in self._page_scores:
+                self._page_scores.put(key, want, scores[i * PAGE : (i + 1) * PAGE])
+
+    def _usable(self, sequence: Sequence, key: bytes) -> bool:
+        """Whether a known page spares this sequence its tokens: if they are to be scored, the scores must be known too."""
+        want = sequence.params.prompt_logprobs
+        return want is None or sequence.choice > 0 or (key, want) in self._page_scores
+
+    def _forbid_unused(self, logits: Tensor) -> Tensor:
+        """The published model has rows for ids that no token uses."""
+        logits[:, self._vocab :] = -torch.inf
+        return logits
+
+    def _count_draft(self, work: Work, place: int, stands: bool) -> None:
+        work.drafted, work.accepted = work.drafted + 1, work.accepted + stands
+        self.stats.drafted[place] += 1
+        self.stats.accepted[place] += stands
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Delta:
+        for page in sequence.pages:
+            if not self.scheduler.book.is_public(page):
+                self.store.clear(page)  # what is not finite must not wait there for the next owner
+        self._end(sequence, "error")
+        said = f"{type(error).__name__}: {error}"
+        return Delta(sequence.work.request.id, sequence.choice, [], "", [], "error", said)
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self.stats.preemptions += sequence.preempted
+        if sequence.choice == 0:
+            self.stats.prompt_tokens += sequence.prompt_length
+            self.stats.cached_tokens += sequence.cached or 0
+        if self.tier is not None:
+            for key, page in zip(sequence.keys, sequence.pages):
+                self.tier.keep(key, self.store, page)
+        self.scheduler.remove(sequence)
+
+
+def _segment(chunk: Chunk) -> Segment:
+    return Segment(chunk.sequence.pages, chunk.start, chunk.tokens)
+
+
+def _sample(sequence: Sequence, deltas: list[Delta]) -> Sample:
+    work = sequence.work
+    if deltas[-1].error:
+        raise RuntimeError(deltas[-1].error)
+    tokens = [token for delta in deltas for token in delta.token_ids]
+    text, scores = "".join(delta.text for delta in deltas), [s for delta in deltas for s in delta.scores]
+    reason = sequence.finish_reason or "abort"
+    return Sample(text, tokens, reason, work.drafted, work.accepted, sequence.cached or 0, scores)

@@ -3,15 +3,29 @@
 One tensor for all layers; every row of the batch has its own length, so prompts of different lengths share a batch and
 speculation rewinds a row by lowering its length. What lies beyond a length is never read.
 Source: V3 report section 2.1.1; spec 3.5. Legend: L layers, B batch, S capacity, C latent, R rope, T new tokens.
-Does not: page or share prefixes.
+Does not: page or share prefixes (dsv3.infer.pages does, with the same methods).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsv3.model.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What a forward asks of a cache. Slots before `first` are never read; `used` bounds the tokens held by any row."""
+
+    first: int
+    used: int
+
+    def positions(self, tokens: int) -> Tensor: ...
+    def append(self, layer: int, latent: Tensor, positions: Tensor) -> Tensor: ...
+    def used_after(self, tokens: int) -> int: ...
+    def advance(self, tokens: int) -> None: ...
 
 
 class LatentCache:
@@ -35,9 +49,9 @@ class LatentCache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.rows = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)  # (L, B, S, C + R)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # (B,) tokens held by each row
-        self.used = (
-            0  # the longest row ever written, on the host: bounds what attention reads without a synchronisation
-        )
+        # The longest row ever written, on the host: bounds what attention reads without a synchronisation.
+        self.used = 0
+        self.first = 0  # slots before it are never read
 
     @property
     def capacity(self) -> int:

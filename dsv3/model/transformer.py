@@ -29,7 +29,7 @@ from dsv3.kernels.experts import expert_mlp
 from dsv3.kernels.moe import route, sequence_balance_loss, sort_by_expert
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.swiglu import swiglu
-from dsv3.model.cache import LatentCache
+from dsv3.model.cache import Cache, LatentCache
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import apply_rope, rope_table
 
@@ -41,8 +41,16 @@ class Context(NamedTuple):
     sin: Tensor
     mask: Tensor | None = None  # boolean, (B or 1, T, S); None: causal from the start
     positions: Tensor | None = None  # (B, T), with a cache
-    cache: LatentCache | None = None
+    cache: Cache | None = None
     balance: bool = False  # compute the sequence-wise balance loss
+
+
+class Routed(NamedTuple):
+    """What one MoE layer tells of a forward."""
+
+    counts: Tensor  # (E,) int64
+    balance: Tensor  # scalar
+    experts: Tensor  # (N, K) int64
 
 
 class Routing(NamedTuple):
@@ -50,6 +58,7 @@ class Routing(NamedTuple):
 
     counts: Tensor  # (L_moe, E) int64: tokens sent to each expert
     balance: Tensor  # scalar: sum over layers of the sequence-wise balance loss, before alpha
+    experts: Tensor  # (L_moe, N, K) int64: the experts that each token went to
 
 
 class Hidden(NamedTuple):
@@ -69,7 +78,7 @@ class DeepseekV3(nn.Module):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, *, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, *, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V). With a cache the tokens follow what it holds, and are appended to it."""
         return self.lm_head(self.hidden(tokens, cache=cache).main)
 
@@ -79,7 +88,7 @@ class DeepseekV3(nn.Module):
         *,
         depth: int = 0,
         mask: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         balance: bool = False,
     ) -> Hidden:
         """Final states of tokens (B, T + depth): the main model reads the first T, MTP depth k the T from k on.
@@ -101,7 +110,7 @@ class DeepseekV3(nn.Module):
         length = tokens.shape[1] - depth
         context = self._context(length, tokens.device, mask, cache, balance)
         x = self.embed(tokens[:, :length])
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Routed] = []
         for layer in self.model.main_layers:
             x = _run(layer, x, context, seen)
         state = self.model.norm(x)
@@ -113,7 +122,7 @@ class DeepseekV3(nn.Module):
             cache.advance(length)
         return Hidden(main, tuple(states), _collect(seen, x))
 
-    def draft(self, state: Tensor, tokens: Tensor, *, cache: LatentCache, layer: int = 0) -> Tensor:
+    def draft(self, state: Tensor, tokens: Tensor, *, cache: Cache, layer: int = 0) -> Tensor:
         """One MTP step for speculation: states (B, T, D) and the tokens (B, T) that follow them -> the next states (B, T, D).
 
         `lm_head` of the result predicts the token after `tokens`. The cache belongs to MTP layers alone (`mtp_cache`).
@@ -152,7 +161,7 @@ class DeepseekV3(nn.Module):
             router.e_score_correction_bias.zero_()
 
     def _context(
-        self, length: int, device: torch.device, mask: Tensor | None, cache: LatentCache | None, balance: bool
+        self, length: int, device: torch.device, mask: Tensor | None, cache: Cache | None, balance: bool
     ) -> Context:
         if cache is None:
             positions = torch.arange(length, device=device).unsqueeze(0)
@@ -160,7 +169,7 @@ class DeepseekV3(nn.Module):
         positions = cache.positions(length)
         if cache.used:
             keys = torch.arange(cache.used_after(length), device=device)
-            mask = keys <= positions.unsqueeze(-1)
+            mask = (keys <= positions.unsqueeze(-1)) & (keys >= cache.first)
         return Context(
             *rope_table(self.config, positions), mask=mask, positions=positions, cache=cache, balance=balance
         )
@@ -189,7 +198,7 @@ class Backbone(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block. Returns the stream, and (counts, balance) if it routes."""
+    """Pre-norm residual block. Returns the stream, and where it sent its tokens if it routes."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -200,7 +209,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe(index) else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed | None]:
         x = x + self.attention_block(x, context)
         y, routing = self.mlp_block(x, context)
         return x + y, routing
@@ -208,7 +217,7 @@ class DecoderLayer(nn.Module):
     def attention_block(self, x: Tensor, context: Context) -> Tensor:
         return self.self_attn(self.input_layernorm(x), context)
 
-    def mlp_block(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def mlp_block(self, x: Tensor, context: Context) -> tuple[Tensor, Routed | None]:
         return self.mlp(self.post_attention_layernorm(x), context)
 
 
@@ -345,7 +354,7 @@ class MoE(nn.Module):
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed]:
         flat = x.flatten(0, -2)  # (N, D)
         scores, indices, weights = self.gate(flat)
         order, inverse, counts = sort_by_expert(indices, scores.shape[-1])
@@ -355,7 +364,7 @@ class MoE(nn.Module):
         balance = scores.new_zeros(())
         if context.balance:
             balance = sequence_balance_loss(scores.view(*x.shape[:-1], -1), indices.shape[-1])
-        return y.view_as(x), (counts, balance)
+        return y.view_as(x), Routed(counts, balance, indices)
 
 
 class Router(nn.Module):
@@ -418,7 +427,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def _run(layer: nn.Module, x: Tensor, context: Context, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _run(layer: nn.Module, x: Tensor, context: Context, seen: list[Routed]) -> Tensor:
     x, routing = layer(x, context)
     if routing is not None:
         seen.append(routing)
@@ -430,7 +439,9 @@ def _run_mtp(layer: nn.Module, state: Tensor, embedding: Tensor, context: Contex
     return layer.shared_head.norm(_run(layer, layer.mix(state, embedding), context, seen))
 
 
-def _collect(seen: list[tuple[Tensor, Tensor]], like: Tensor) -> Routing:
+def _collect(seen: list[Routed], like: Tensor) -> Routing:
     if not seen:
-        return Routing(torch.zeros(0, 0, dtype=torch.int64, device=like.device), torch.zeros((), device=like.device))
-    return Routing(torch.stack([counts for counts, _ in seen]), torch.stack([balance for _, balance in seen]).sum())
+        none = torch.zeros(0, 0, dtype=torch.int64, device=like.device)
+        return Routing(none, torch.zeros((), device=like.device), none.unsqueeze(-1))
+    counts, balances, experts = (torch.stack(part) for part in zip(*seen))
+    return Routing(counts, balances.sum(), experts)

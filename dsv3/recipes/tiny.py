@@ -111,11 +111,11 @@ def run(
     say("4/5 the checkpoint, opened again")
     checkpoint = latest_checkpoint(out)
     assert checkpoint is not None
-    engine = Engine(load_model(checkpoint), Tokenizer.from_file(checkpoint))
+    model, read = load_model(checkpoint), Tokenizer.from_file(checkpoint)
     results = baselines(texts, tokenizer.vocab_size)
     if trainer.held_out is not None:
         results = {"held-out bits per byte": trainer.bits_per_byte(), **results}
-    plain, speculative = generate(engine, speculate=False), generate(engine, speculate=True)
+    plain, speculative = generate(Engine(model, read, drafts=0)), generate(Engine(model, read))
     drafted, accepted = sum(s.drafted for s in speculative), sum(s.accepted for s in speculative)
     results |= {
         "MTP drafts accepted (greedy)": accepted / drafted if drafted else 0.0,
@@ -143,8 +143,8 @@ def baselines(texts: Texts, vocab_size: int) -> dict[str, float]:
     return {"uniform bits per byte": math.log2(256), "gzip bits per byte": 8 * len(gzip.compress(held, 9)) / len(held)}
 
 
-def generate(engine: Engine, *, speculate: bool, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
-    return list(engine.generate(prompts, SamplingParams(max_tokens=64), speculate=speculate))
+def generate(engine: Engine, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
+    return list(engine.generate(prompts, SamplingParams(max_tokens=64)))
 
 
 def next_steps(out: Path) -> list[str]:

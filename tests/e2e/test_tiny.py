@@ -86,13 +86,13 @@ def test_transformers_opens_the_checkpoint_and_writes_the_same_text(life):
     assert not info["missing_keys"]
     their_tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model, tokenizer = dsv3.load(checkpoint, dtype="float32")
-    engine = dsv3.Engine(model, tokenizer)
+    engines = [dsv3.Engine(model, tokenizer, drafts=drafts) for drafts in (0, 1)]
     for prompt in ("a model reads", "the cache  holds\n", "你好 é 123"):
         ids = their_tokenizer(their_tokenizer.bos_token + prompt, return_tensors="pt").input_ids
         assert [tokenizer.bos_id, *tokenizer.encode(prompt)] == ids[0].tolist()
         out = theirs.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=2)[0, ids.shape[1] :].tolist()
-        for speculate in (False, True):
-            sample = next(engine.generate([prompt], dsv3.SamplingParams(max_tokens=32), speculate=speculate))
+        for engine in engines:
+            sample = next(engine.generate([prompt], dsv3.SamplingParams(max_tokens=32)))
             kept = [t for t in out if t != tokenizer.eos_id]
             assert sample.token_ids == kept
             assert sample.text == their_tokenizer.decode(kept)
