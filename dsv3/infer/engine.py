@@ -220,6 +220,17 @@ class Engine:
             if sequence.finish_reason is None:
                 self._end(sequence, "abort")
 
+    def forget(self) -> None:
+        """Call it after the model's weights have changed: pages and scores of the old ones are found no more.
+
+        Raises:
+            ValueError: requests are running, a tier keeps pages beyond this engine.
+        """
+        if self.busy or self.tier is not None:
+            raise ValueError("an engine with running requests or a disk cache cannot take new weights: end them first")
+        self.scheduler.book.forget()
+        self._page_scores.forget()
+
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)

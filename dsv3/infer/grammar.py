@@ -105,7 +105,11 @@ class Grammars:
         if made.is_error():
             raise ValueError(f"the grammar cannot be used: {_first_line(made.get_error())}")
         matcher = Matcher(made, self._ends)
-        if not matcher.allowed().any():
+        try:
+            possible = bool(matcher.allowed().any())
+        except RuntimeError as error:
+            raise ValueError(f"the grammar cannot be used: {error}") from None
+        if not possible:
             raise ValueError("the grammar cannot be used: no text of this vocabulary satisfies it")
         return matcher
 

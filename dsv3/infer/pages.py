@@ -139,6 +139,13 @@ class PageBook:
         self._page_of[key], self._key_of[page] = page, key
         return True
 
+    def forget(self) -> None:
+        """No page is found any more."""
+        self._free += self._idle
+        self._idle.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """Give pages back; of a prefix the end goes first."""
         for page in reversed(pages):

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.infer import native
 from dsv3.infer.pages import PagedCache, PageStore
+from dsv3.kernels.decode import Decoder
 from dsv3.model.transformer import DeepseekV3
 
 
@@ -89,6 +91,29 @@ class Runner:
     def logits(self, states: Tensor) -> Tensor:
         """states (n, D) -> (n, V) float32 on the CPU."""
         return self.model.lm_head(states).float().cpu()
+
+
+class NativeRunner(Runner):
+    """The same by the kernels in C: every row alone and in one order, so its numbers do not depend on what else runs."""
+
+    invariant = True
+
+    def __init__(self, model: DeepseekV3, pages: int, *, mtp: bool) -> None:
+        super().__init__(model, pages, mtp=mtp)
+        self._decoder = Decoder(*native.describe(model), self.store.latents)
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Final states (N, D) float32; over bfloat16 pages they are bfloat16 numbers, as a page keeps them."""
+        rows = sum(len(s.tokens) for s in segments)
+        moe, _, top_k = self.experts.shape
+        self.experts = torch.empty(moe, rows, top_k, dtype=torch.int64)
+        return self._decoder.step(segments, chosen=self.experts, counts=self.counts)
+
+    def draft(self, segments: Sequence[Segment], states: Tensor, layer: int = 0) -> Tensor:
+        return self._decoder.step(segments, mtp=layer, previous=states.float().contiguous())
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self._decoder.logits(states.float().contiguous())
 
 
 def open_runner(model: DeepseekV3, cache_gb: float, *, mtp: bool) -> Runner:

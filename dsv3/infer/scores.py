@@ -51,6 +51,9 @@ class PageScores:
     def put(self, key: bytes, top: int, scores: list[TokenScore | None]) -> None:
         self._kept.setdefault((key, top), scores)
 
+    def forget(self) -> None:
+        self._kept.clear()
+
     def shrink(self) -> None:
         while len(self._kept) > self._limit:
             self._kept.popitem(last=False)

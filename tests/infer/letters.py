@@ -13,7 +13,7 @@ class Letters:
     vocab_size = 96
 
     def encode(self, text: str) -> list[int]:
-        return [ord(c) - 32 for c in text]
+        return [ord(c) - 32 for c in text if " " <= c <= "~"]
 
     def decode(self, ids) -> str:
         return "".join(chr(i + 32) for i in ids)

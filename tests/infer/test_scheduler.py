@@ -1,0 +1,111 @@
+"""Who runs next: prompts never starve those who speak, order of arrival holds, pressure loses nothing."""
+
+import pytest
+
+from dsv3.infer.pages import PAGE, PageBook
+from dsv3.infer.sampling import SamplingParams
+from dsv3.infer.scheduler import Scheduler, Sequence
+
+
+def scheduler(pages=20, **options):
+    return Scheduler(PageBook(pages + 1), **({"step_tokens": 32, "max_running": 4} | options))
+
+
+def sequence(size, first=1, answer=20):
+    return Sequence([first] * size, SamplingParams(max_tokens=answer))
+
+
+def run(s: Scheduler):
+    """Plan a step, pretend that it was computed, and give a token to each sequence that is ready."""
+    chunks = s.next_step()
+    for chunk in chunks:
+        upto = chunk.start + chunk.count
+        if chunk.sequence.decoding or upto == chunk.sequence.prompt_length:
+            chunk.sequence.tokens.append(9)
+        s.computed(chunk.sequence, upto)
+    return chunks
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_read_in_pieces():
+    s, short, long = scheduler(), sequence(4), sequence(200)
+    s.add(short)
+    run(s)
+    s.add(long)
+    for _ in range(5):
+        chunks = run(s)
+        assert [c.count for c in chunks if c.sequence is short] == [1]
+        assert sum(len(c.tokens) for c in chunks) <= 32
+    assert long.computed == 5 * 31
+
+
+def test_the_order_of_arrival_is_kept_and_the_number_bounded():
+    s = scheduler(max_running=2)
+    all_ = [sequence(3, first) for first in range(4)]
+    for one in all_:
+        s.add(one)
+    run(s)
+    assert s.running == all_[:2]
+    s.remove(all_[0])
+    run(s)
+    assert s.running == all_[1:3]
+
+
+def test_drafts_count_as_tokens_of_the_step():
+    s, one = scheduler(step_tokens=4, drafts=3), sequence(2)
+    s.add(one)
+    run(s)
+    one.drafts = [7, 7, 7]
+    (chunk,) = s.next_step()
+    assert chunk.tokens == [9, 7, 7, 7]
+    with pytest.raises(ValueError, match="step_tokens 3 cannot hold a token and its 3 drafts"):
+        scheduler(step_tokens=3, drafts=3)
+
+
+def test_the_youngest_is_set_aside_and_comes_back_with_all_it_has_said():
+    s, old, young = scheduler(pages=3), sequence(PAGE - 1, 1, 60), sequence(PAGE - 1, 2, 60)
+    s.add(old)
+    s.add(young)
+    while not young.preempted:
+        run(s)
+        assert len(s.running) > 0
+    said = list(young.tokens)
+    assert young.pages == []
+    assert young.computed == 0
+    while old.answered < 60:
+        run(s)
+    s.remove(old)
+    while young.computed < len(said) - 1:
+        run(s)
+    assert young.tokens[: len(said)] == said
+    assert young.decoding
+
+
+def test_pages_of_a_known_beginning_are_shared_and_counted_once():
+    s, first = scheduler(), sequence(2 * PAGE + 5)
+    s.add(first)
+    while not first.decoding:
+        run(s)
+    held = s.book.held
+    second = sequence(2 * PAGE + 5)
+    s.add(second)
+    run(s)
+    assert second.cached == 2 * PAGE
+    assert second.pages[:2] == first.pages[:2]
+    assert s.book.held == held + 1
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="need 4 cache pages, there are 2"):
+        scheduler(pages=2).add(sequence(200))
+
+
+def test_a_second_place_is_asked_only_for_what_memory_lacks():
+    asked = []
+    s = scheduler(fetch=lambda key, page: asked.append(page) or len(asked) == 1)
+    one = sequence(3 * PAGE)
+    s.add(one)
+    run(s)
+    assert len(asked) == 2
+    assert one.cached == PAGE
+    s.remove(one)
+    assert s.book.held == 0
