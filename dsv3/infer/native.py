@@ -16,22 +16,35 @@ from dsv3.kernels import decode
 from dsv3.model.config import ModelConfig
 from dsv3.model.rope import frequencies, rope_table
 from dsv3.model.stored import StoredAttention, StoredExperts, StoredLinear
-from dsv3.model.transformer import MLP, Attention, DecoderLayer, DeepseekV3, Experts, MoE, MTPLayer
+from dsv3.model.transformer import (
+    MLP,
+    Attention,
+    Backbone,
+    DecoderLayer,
+    DeepseekV3,
+    Experts,
+    MoE,
+    MTPLayer,
+    RMSNorm,
+    Router,
+    SharedHead,
+)
+
+_MODULES = frozenset((
+    DeepseekV3, Backbone, DecoderLayer, MTPLayer, SharedHead, Attention, StoredAttention, MLP, MoE, Router, Experts,
+    StoredExperts, RMSNorm, StoredLinear, nn.Linear, nn.Embedding, nn.ModuleList,
+))  # fmt: skip
 
 
 def fits(model: DeepseekV3) -> bool:
     """Whether the kernels can run this model: on the CPU, of kinds of weights that they know, and a library to call."""
-    modules = (nn.Linear, StoredLinear, Attention, StoredAttention, MLP, MoE, Experts, StoredExperts)
-    for module in model.modules():
-        known = isinstance(module, nn.Embedding) or type(module) in modules
-        if not known and any(isinstance(module, kind) for kind in modules):
-            return False  # trained in FP8, or someone's own
+    if any(type(module) not in _MODULES for module in model.modules()):
+        return False  # trained in FP8, or someone's own
     for tensor in (*model.parameters(), *model.buffers()):
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
         if tensor.device.type != "cpu" or tensor.dtype not in decode.KINDS or not plain:
             return False
-    named = [name for name, x in model.named_parameters() if x.dtype not in (torch.float32, torch.bfloat16)]
-    return not named and decode.library() is not None
+    return decode.library() is not None
 
 
 def describe(model: DeepseekV3) -> tuple[decode.Model, object]:
@@ -96,7 +109,8 @@ def _mlp(module: nn.Module) -> decode.Mlp:
 def _experts(module: nn.Module, config: ModelConfig) -> decode.Mlp:
     width = config.moe_intermediate_size
     gate_up, down = module.gate_up_proj, module.down_proj
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
     if not isinstance(module, StoredExperts):
         halves = decode.Matrix.of(gate_up[:, :width]), decode.Matrix.of(gate_up[:, width:])
         return decode.Mlp(*halves, decode.Matrix.of(down))

@@ -1,33 +1,23 @@
 """Runs the model over what a step reads: sequences' next tokens in, final states and logits out.
 
-A step's rows are ragged: chunks of prompts beside single tokens and their drafts. Here the model's own forward reads them,
-sequences of equally many tokens together, on any device. Where dsv3.kernels.decode fits the model, its rows go through
-that instead (`NativeRunner`): every row is computed alone and in one order, so that no row depends on what else runs.
-Legend: N rows of a step, D model, V vocabulary.
+A step's rows are ragged: chunks of prompts beside single tokens and their drafts. `Runner` is the model's own forward, sequences
+of equally many tokens together, on any device. `NativeRunner` is the kernels of dsv3.kernels.decode, where they fit the model
+(a CPU, a C compiler, float32, bfloat16 or FP8): faster, and no row depends on what else runs.
+Legend: N rows of a step, D model, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv3.infer import native
 from dsv3.infer.pages import PagedCache, PageStore
-from dsv3.kernels.decode import Decoder
+from dsv3.kernels.decode import Decoder, Segment
 from dsv3.model.transformer import DeepseekV3
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A sequence's pages, the position of its first new token, and the new tokens."""
-
-    pages: Sequence[int]
-    start: int
-    tokens: Sequence[int]
 
 
 class Runner:
@@ -131,7 +121,7 @@ def open_runner(model: DeepseekV3, cache_gb: float, *, mtp: bool) -> Runner:
         raise ValueError(
             f"a cache of {cache_gb} GB holds {pages} pages of {page:,} bytes, two are the least: give more"
         )
-    return Runner(model, pages, mtp=mtp)
+    return (NativeRunner if native.fits(model) else Runner)(model, pages, mtp=mtp)
 
 
 def _of_one_length(segments: Sequence[Segment]) -> list[list[int]]:

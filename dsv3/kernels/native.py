@@ -2,7 +2,8 @@
 
 They need a CPU with AVX-512 BF16 (AMD from Zen 4, Intel from Cooper Lake) on Linux, and a C compiler. Anything else runs
 the torch path of the same operation, which is also the reference that the tests hold them to; there is no switch.
-The library is cached by the hash of its sources and the machine's model, and written whole or not at all. It shares the
+Generation's kernels (kernels/decode/*.c) are a library of their own, for any CPU (dsv3.kernels.decode).
+A library is cached by the hash of its sources and the machine's model, and written whole or not at all. It shares the
 OpenMP runtime that torch has loaded, so that both use one pool of threads.
 """
 
@@ -49,20 +50,20 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where this machine cannot run or build them (said once, if it could run them)."""
     if platform.system() != "Linux" or "avx512_bf16" not in _cpu():
         return None
+    return load_folder(SOURCES, "training runs at about half the speed")
+
+
+def load_folder(sources: Path, loss: str) -> ctypes.CDLL | None:
+    """The C files of a folder as a library; None where they cannot be compiled, with a warning that says what is lost."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        warnings.warn(
-            "no C compiler found: training runs without dsv3's own CPU kernels, at about half the speed", stacklevel=2
-        )
+        warnings.warn(f"no C compiler found: without dsv3's own CPU kernels {loss}", stacklevel=3)
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
+        return ctypes.CDLL(str(_build(compiler, sources)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(
-            f"dsv3's CPU kernels could not be built by {compiler} ({said}): training runs at about half speed",
-            stacklevel=2,
-        )
+        warnings.warn(f"dsv3's CPU kernels could not be built by {compiler} ({said}): {loss}", stacklevel=3)
         return None
 
 
@@ -105,10 +106,10 @@ def _cpu() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))
 
 
-def _build(compiler: str) -> Path:
-    files = sorted(SOURCES.glob("*.[ch]"))
+def _build(compiler: str, sources: Path) -> Path:
+    files = sorted(sources.glob("*.[ch]"))
     identity = hashlib.sha256("\0".join([*(f.read_text() for f in files), *_FLAGS, compiler, _cpu()]).encode())
-    target = _cache_folder() / f"kernels-{identity.hexdigest()[:16]}.so"
+    target = _cache_folder() / f"{sources.name}-{identity.hexdigest()[:16]}.so"
     if target.exists():
         return target
     # Linked without libgomp where torch's is already in the process: two runtimes would fight over the cores.
