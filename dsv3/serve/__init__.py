@@ -1,0 +1,1 @@
+"""HTTP: the APIs of DeepSeek and OpenAI, and the chat page."""

@@ -1,0 +1,138 @@
+"""One engine's service: loading, ready, draining; admission; everything that the routes share.
+
+    loading    until `open` is given an engine: 503          ready     requests are admitted while there is room: else 429
+    draining   no new requests: 503; those that run get time to finish          failed    loading did: 503
+Does not: know HTTP (dsv3.serve.app, dsv3.serve.gate).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.infer.engine import Engine
+from dsv3.model.fingerprint import fingerprint
+from dsv3.serve.errors import ApiError
+from dsv3.serve.keys import Keys, Owner
+from dsv3.serve.metrics import Metrics
+from dsv3.serve.plan import Planner
+from dsv3.serve.settings import ServeSettings
+from dsv3.serve.worker import Worker
+
+
+class Service:
+    """See the module."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
+        self.keys = Keys(settings.keys)
+        self.engine: Engine | None = None
+        self.metrics = Metrics(lambda: self.engine)
+        self.created = int(time.time())
+        self.fingerprint = settings.fingerprint
+        self._worker: Worker | None = None
+        self._planner: Planner | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._compiling = asyncio.Semaphore(2)  # grammars at once
+
+    def open(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        """Serve with these from now on."""
+        settings = self.settings
+        self.engine, self._tokenizer = engine, tokenizer
+        self._planner = Planner(engine, tokenizer, settings)
+        room = engine.scheduler.max_running + settings.max_waiting
+        self._worker = Worker(engine, self.metrics, max_open=room, max_backlog=settings.max_backlog)
+        self.fingerprint = self.fingerprint or f"fp_{fingerprint(engine.model)[:16]}"
+        if self.state == "loading":
+            self.state = "ready"
+
+    def close(self) -> None:
+        """Abort what runs and end the thread."""
+        self.state = "draining"
+        if self._worker is not None:
+            self._worker.stop()
+
+    async def drain(self) -> None:
+        """Admit nothing more; wait for what runs, for at most the settings' time."""
+        self.state = "draining"
+        deadline = time.monotonic() + self.settings.drain_s
+        while self._worker is not None and self._worker.open and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    # -- what routes need ----------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def planner(self) -> Planner:
+        """
+        Raises:
+            ApiError: 503, there is none yet.
+        """
+        if self._planner is None:
+            raise self.not_ready()
+        return self._planner
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise self.not_ready()
+        return self._tokenizer
+
+    def not_ready(self) -> ApiError:
+        said = {
+            "loading": "the model is loading",
+            "draining": "the server is ending",
+            "failed": "the model did not load",
+        }
+        return ApiError(503, f"{said.get(self.state, self.state)}: try again later", retry_after=5)
+
+    @contextmanager
+    def admit(self, owner: Owner, answers: int, prompt_tokens: int) -> Iterator[None]:
+        """A request runs inside.
+
+        Raises:
+            ApiError: 503, not ready; 429, no room or the key's limits.
+        """
+        if self.state != "ready":
+            raise self.not_ready()
+        if not self.worker.has_room(answers):
+            message = f"{self.worker.open} answers run or wait, {self.worker.max_open} may: try again later"
+            raise ApiError(429, message, retry_after=self.worker.wait_estimate)
+        with self.keys.use(owner, prompt_tokens):
+            self.metrics.tokens(owner.name, prompt_tokens)
+            yield
+
+    def spend(self, owner: Owner, tokens: int) -> None:
+        self.keys.spend(owner, tokens)
+        self.metrics.tokens(owner.name, tokens)
+
+    async def check_grammar(self, grammar: str | None) -> None:
+        """Compile it aside from the engine, so that a costly one is refused before it holds anybody up.
+
+        Raises:
+            ApiError: it is none, is beyond the limits, or takes too long.
+        """
+        if grammar is None or self.engine is None:
+            return
+        seconds = self.settings.grammar_s
+        try:
+            async with asyncio.timeout(2 * seconds), self._compiling:
+                start = time.monotonic()
+                await asyncio.to_thread(self.engine.grammars.matcher, grammar)
+                spent = time.monotonic() - start
+        except TimeoutError:
+            spent = 2 * seconds
+        except ValueError as error:
+            raise ApiError(400, str(error), param="response_format") from None
+        if spent > seconds:
+            message = f"the grammar took over {seconds:g} s to compile: make it smaller"
+            raise ApiError(400, message, param="response_format")
