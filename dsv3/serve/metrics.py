@@ -90,6 +90,13 @@ class _EngineCollector:
             yield CounterMetricFamily(name, text, value)
         yield _labelled("dsv3_draft_tokens", "MTP drafts by place in their chain.", ["place"], enumerate(stats.drafted))
         yield _labelled("dsv3_accepted_tokens", "Of these, accepted.", ["place"], enumerate(stats.accepted))
+        counts = engine.runner.counts.tolist()
+        pairs = (((layer, expert), count) for layer, row in enumerate(counts) for expert, count in enumerate(row))
+        yield _labelled("dsv3_expert_tokens", "Tokens by MoE layer and expert.", ["layer", "expert"], pairs)
+        load = GaugeMetricFamily("dsv3_expert_load_max", "The busiest expert's tokens over the mean.", labels=["layer"])
+        for layer, row in enumerate(counts):
+            load.add_metric([str(layer)], max(row) * len(row) / (sum(row) or 1))
+        yield load
 
 
 def _labelled(name: str, text: str, labels: list[str], values: Iterable[tuple[Any, float]]) -> Metric:

@@ -115,7 +115,7 @@ class Planner:
         params = self._params(request, [rendered.ids], wanted, logprobs, grammar=grammar)
         return Plan(
             model=model, prompts=[rendered.ids], params=params, logprobs=logprobs,
-            thinking=rendered.thinking, reasoning=rendered.thinking or bool(self._reasons(request)), tools=bool(functions),
+            thinking=rendered.thinking, reasoning=rendered.thinking or self._expects_reasoning(request), tools=bool(functions),
             single_call=single, **self._streaming(request),
         )  # fmt: skip
 
@@ -219,6 +219,10 @@ class Planner:
         if request.reasoning_effort in ("none",):
             return False
         return self.settings.reasoning
+
+    def _expects_reasoning(self, request: ChatRequest) -> bool:
+        asked = self._reasons(request)
+        return self.format is not None and self.format.reasoning if asked is None else asked
 
     def _render(self, request: ChatRequest, functions: list[dict[str, Any]]) -> Rendered:
         last, further = request.messages[-1], request.continue_final_message
@@ -336,7 +340,8 @@ class Planner:
                 n=n,
                 stop=_stops(request.stop),
                 ignore_eos=ignore_eos,
-                logprobs=4 if logprobs is None and request.details else logprobs,
+                logprobs=max(logprobs or 0, 4) if request.details else logprobs,
+                routes=bool(request.details),
                 **more,
             )
         except ValueError as error:

@@ -32,8 +32,6 @@ class Tally:
 
     tokens: int = 0
     reasoning: int = 0
-    drafted: int = 0
-    accepted: int = 0
 
 
 class Body:
@@ -51,6 +49,7 @@ class Body:
         self.born, self.first_at = time.monotonic(), 0.0
         self.tallies = [Tally() for _ in range(plan.answers)]
         self.open = plan.answers
+        self.places: list[list[int]] = []  # MTP drafts looked at and accepted, by place in their chain
         self._details: dict[int, Json] = {}  # of deltas that made no chunk yet
 
     @property
@@ -84,8 +83,11 @@ class Body:
         if delta.token_ids and not self.first_at:
             self.first_at = time.monotonic()
         tally.tokens += len(delta.token_ids)
-        tally.drafted += getattr(delta, "drafted", 0)
-        tally.accepted += getattr(delta, "accepted", 0)
+        for place in range(delta.drafted):
+            if place == len(self.places):
+                self.places.append([0, 0])
+            self.places[place][0] += 1
+            self.places[place][1] += place < delta.accepted
         if delta.finish_reason is not None:
             self.open -= 1
 
@@ -107,7 +109,6 @@ class Body:
         """Ours: what the chat page shows of each token."""
         if not self.plan.details:
             return
-        routes = getattr(delta, "routes", None) or []
         told = self._details.setdefault(index, {"tokens": [], "drafted": 0, "accepted": 0})
         for at, token in enumerate(delta.token_ids):
             entry: Json = {"id": token, "text": self.tokenizer.decode([token])}
@@ -115,11 +116,11 @@ class Body:
                 score = delta.scores[at]
                 entry["logprob"] = finite(score.logprob)
                 entry["top"] = [[self.tokenizer.decode([t]), finite(p)] for t, p in score.top]
-            if at < len(routes):
-                entry["experts"] = [list(layer) for layer in routes[at]]
+            if at < len(delta.routes):
+                entry["experts"] = [list(layer) for layer in delta.routes[at]]
             told["tokens"].append(entry)
-        told["drafted"] += getattr(delta, "drafted", 0)
-        told["accepted"] += getattr(delta, "accepted", 0)
+        told["drafted"] += delta.drafted
+        told["accepted"] += delta.accepted
 
     def take_details(self, index: int) -> Json | None:
         return self._details.pop(index, None)
@@ -130,14 +131,12 @@ class Body:
             return {}
         now, tokens = time.monotonic(), self.answered
         seconds = now - (self.first_at or self.born)
-        works = [sequence.work for request in self.requests for sequence in request.sequences]
-        places = [getattr(work, "places", None) for work in works]
         totals = {
             "tokens": tokens,
             "cached_tokens": sum(request.cached for request in self.requests),
-            "drafted": sum(getattr(work, "drafted", 0) for work in works),
-            "accepted": sum(getattr(work, "accepted", 0) for work in works),
-            "acceptance": [list(place) for place in places[0]] if places and places[0] is not None else [],
+            "drafted": sum(drafted for drafted, _ in self.places),
+            "accepted": sum(accepted for _, accepted in self.places),
+            "places": self.places,
             "seconds": round(now - self.born, 4),
             "first_token_seconds": round((self.first_at or now) - self.born, 4),
             "tokens_per_second": round((tokens - 1) / seconds, 2) if tokens > 1 and seconds > 0 else None,
@@ -248,7 +247,7 @@ class ChatBody(Body):
             answer.thinking = not ended
 
     def _logprob(self, score: TokenScore) -> Json:
-        top = [self._token(token, logprob) for token, logprob in score.top]
+        top = [self._token(token, logprob) for token, logprob in score.top[: self.plan.logprobs]]
         return {**self._token(score.token, score.logprob), "top_logprobs": top}
 
     def _token(self, token: int, logprob: float) -> Json:
@@ -366,7 +365,7 @@ class CompletionBody(Body):
         logprobs["token_logprobs"].append(None if score is None else finite(score.logprob))
         top: dict[str, float] | None = None
         if score is not None:
-            top = {self._name(other): finite(logprob) for other, logprob in score.top}
+            top = {self._name(other): finite(logprob) for other, logprob in score.top[: self.plan.logprobs]}
             top[name] = finite(score.logprob)
         logprobs["top_logprobs"].append(top)
 

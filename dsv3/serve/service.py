@@ -1,7 +1,7 @@
 """One engine's service: loading, ready, draining; admission; everything that the routes share.
 
     loading    until `open` is given an engine: 503          ready     requests are admitted while there is room: else 429
-    draining   no new requests: 503; those that run get time to finish          failed    loading did: 503
+    draining   no new requests: 503; those that run get time to finish
 Does not: know HTTP (dsv3.serve.app, dsv3.serve.gate).
 """
 
@@ -29,7 +29,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
+        self.state: Literal["loading", "ready", "draining"] = "loading"
         self.keys = Keys(settings.keys)
         self.engine: Engine | None = None
         self.metrics = Metrics(lambda: self.engine)
@@ -63,6 +63,8 @@ class Service:
         deadline = time.monotonic() + self.settings.drain_s
         while self._worker is not None and self._worker.open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.stop)
 
     # -- what routes need ----------------------------------------------------------------------------------------------
 
