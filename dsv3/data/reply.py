@@ -214,7 +214,7 @@ class ReplyParser:
                 return False
         name = re.match(f"(?:{FUNCTION_NAME})?", rest)
         assert name is not None  # it matches nothing too
-        return FENCE_BEGIN.startswith(rest[name.end() :]) and (name.end() > 0 or not rest)
+        return FENCE_BEGIN.startswith(rest[name.end() :])
 
     def _argue(self, events: list[Event], final: bool) -> bool:
         index = self._calls - 1

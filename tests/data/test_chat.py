@@ -374,6 +374,11 @@ def test_a_wrong_tool_is_refused(tool):
         CHAT.render([U], [{"type": "function", "function": {"name": "f"}}, tool])
 
 
+def test_what_clients_add_is_tolerated():
+    sent = [say("user", [{"type": "text", "text": "u"}], type="text"), say("assistant", "a", refusal=None, audio=None)]
+    assert CHAT.text([*sent, U]) == CHAT.text([U, say("assistant", "a"), U])
+
+
 def test_results_without_ids_are_matched_in_order():
     CHAT.render([U, CALLED, say("tool", "1"), say("tool", "2")])
 

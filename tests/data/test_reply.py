@@ -55,6 +55,7 @@ SAMPLES = [
     f"{THINK_BEGIN}\nr\n\n{THINK_END}\n\n\nc",
     f"{CALLS_BEGIN}{CALL_BEGIN}function{TOOL_SEP}f g\n```json\n{{}}{END}{CALLS_END}",
     f"{CALLS_BEGIN}{HEAD}{{}}{CALL_END}\n\n{CALLS_END}",
+    f"{CALLS_BEGIN}{HEAD}1{CALL_END}\n{CALLS_BEGIN}{CALL_BEGIN}function{TOOL_SEP}{'f' * 64}\n```json\n{CALL_END}",
 ]
 
 
@@ -194,8 +195,18 @@ def test_a_forgotten_fence_or_end_swallows_nothing():
     )
 
 
+def test_a_call_tells_nothing_of_the_next():
+    reply = parse(f'{CALLS_BEGIN}{HEAD}{{"a{END}\n{HEAD}{{}}{CALL_END}{CALLS_END}')
+    assert [call.arguments for call in reply.calls] == ['{"a', "{}"]
+    assert parse(f"{HEAD}{{}}{CALLS_END}{CALLS_END}").content == CALLS_END
+
+
 def test_markup_and_fences_inside_json_strings_survive():
-    arguments = json.dumps({"code": f'```json\n{{}}\n```{CALL_END}{CALLS_END}"\\', "x": f"\\{CALL_END}"})
+    arguments = json.dumps({"a": f'"{CALL_END}', "b": f'\\"{CALL_END}'}, ensure_ascii=False)
+    assert parse(f"{CALLS_BEGIN}{HEAD}{arguments}{CALL_END}").calls[0].arguments == arguments
+    arguments = json.dumps(
+        {"code": f'```json\n{{}}\n```{CALL_END}{CALLS_END}"\\', "x": f"\\{CALL_END}"}, ensure_ascii=False
+    )
     assert parse(f"{CALLS_BEGIN}{HEAD}{arguments}{END}{CALLS_END}").calls[0].arguments == arguments
 
 
