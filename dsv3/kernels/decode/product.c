@@ -20,24 +20,26 @@ INLINE vf weight_tail(int kind, const char *w, long K, vf scale) { /* the same w
 INLINE void tile(const int kind, const int R, const int O, const char *const *w, const float *const *scales, long K,
                  const float *const *x, vf *a) {
     const long size = size_of(kind), whole = K / LANES * LANES, block = kind == FP8 ? BLOCK : whole;
-    vf s[O];
+    vf s[8], xs[4]; /* of fixed sizes: arrays as long as an argument stay in memory */
     UNROLL for (int i = 0; i < R * O; i++) a[i] = splat(0);
     UNROLL for (int o = 0; o < O; o++) s[o] = splat(0);
     for (long from = 0, b = 0; from < whole; from += block, b++) {
         const long end = least(from + block, whole);
         if (kind == FP8) UNROLL for (int o = 0; o < O; o++) s[o] = splat(scales[o][b] * 0x1p120f);
         for (long k = from; k < end; k += LANES) {
-            vf xs[R];
-            UNROLL for (int r = 0; r < R; r++) xs[r] = load(x[r] + k);
+            UNROLL for (int r = 0; r < R; r++) {
+                xs[r] = load(x[r] + k);
+                KEEP(xs[r]);
+            }
             UNROLL for (int o = 0; o < O; o++) {
-                const vf v = widen(kind, w[o] + k * size, s[o]);
+                vf v = widen(kind, w[o] + k * size, s[o]);
+                if (R > 1) KEEP(v);
                 UNROLL for (int r = 0; r < R; r++) a[r * O + o] += xs[r] * v;
             }
         }
     }
     if (whole == K) return;
     if (kind == FP8) UNROLL for (int o = 0; o < O; o++) s[o] = splat(scales[o][K / BLOCK] * 0x1p120f);
-    vf xs[R];
     UNROLL for (int r = 0; r < R; r++) xs[r] = tail_of(x[r], K);
     UNROLL for (int o = 0; o < O; o++) {
         const vf v = weight_tail(kind, w[o], K, s[o]);
@@ -117,11 +119,10 @@ void widen_row(const Matrix *m, long r, float *out) {
 
 INLINE void mix_tile(const int R, const int V, long K, const float *a, long a_row, const float *b, long b_row, float *y,
                      long y_row, int add) {
-    vf s[R * V];
+    vf s[24], row[4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) s[r * V + v] = add ? load(y + r * y_row + v * LANES) : splat(0);
     for (long k = 0; k < K; k++) {
-        vf row[V];
         UNROLL for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * LANES);
         UNROLL for (int r = 0; r < R; r++) {
             const vf x = splat(a[r * a_row + k]);

@@ -9,20 +9,24 @@
 #include <string.h>
 
 #if defined __AVX512F__
+#include <immintrin.h>
 #define LANES 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define SAME(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 #elif defined __AVX__
 #define LANES 8
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7
+#define SAME(x) x, x, x, x, x, x, x, x
 #else
 #define LANES 4
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #define COUNT 0, 1, 2, 3
+#define SAME(x) x, x, x, x
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -35,6 +39,7 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef int16_t vs __attribute__((vector_size(2 * LANES)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
 
 #if __has_builtin(__builtin_shufflevector)
@@ -49,13 +54,21 @@ INLINE long size_of(int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 
 INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
-INLINE vf splat(float x) { return (vf){0} + x; }
+INLINE vf splat(float x) { return (vf){SAME(x)}; }
 INLINE vf load(const float *p) {
     vf x;
     memcpy(&x, p, sizeof x);
     return x;
 }
 INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+/* x stays in a register: compilers would rather read it from memory each time. */
+#if defined __x86_64__
+#define KEEP(x) __asm__("" : "+v"(x))
+#elif defined __aarch64__
+#define KEEP(x) __asm__("" : "+w"(x))
+#else
+#define KEEP(x) (void)0
+#endif
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
 /* LANES numbers become float32. An e4m3 code moved to a float's place is 2^-120 of its value, which `scale` must make up for. */
@@ -68,7 +81,12 @@ INLINE vf widen(int kind, const char *p, vf scale) {
     }
     vb b;
     memcpy(&b, p, sizeof b);
-    return (vf)((__builtin_convertvector(b, vi) << 20) & (int32_t)0x87f00000) * scale;
+#if defined __AVX512F__ /* one instruction, which gcc does not find */
+    const vi wide = (vi)_mm512_cvtepi8_epi32((__m128i)b);
+#else
+    const vi wide = __builtin_convertvector(__builtin_convertvector(b, vs), vi);
+#endif
+    return (vf)((wide << 20) & (int32_t)0x87f00000) * scale;
 }
 INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even; a NaN stays one */
     uint32_t bits;
@@ -100,30 +118,34 @@ INLINE vf exp2v(vf x) {
 #define LOG2E 1.44269504f
 INLINE vf silu(vf x) { return x / (1.0f + exp2v(x * -LOG2E)); }
 
-/* Sums over the lanes of LANES vectors become the lanes of one. */
+/* Sums over the lanes of LANES vectors become the lanes of one. Written out: compilers do not unroll what halves. */
+#define HALVE(n) UNROLL for (int i = 0; i < (n); i++) a[i] = PICK(a[i], a[i + (n)], LOW) + PICK(a[i], a[i + (n)], HIGH)
 INLINE vf fold(vf *a) {
-    UNROLL for (int n = LANES / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++) a[i] = PICK(a[i], a[i + n], LOW) + PICK(a[i], a[i + n], HIGH);
+#if LANES > 8
+    HALVE(8);
+#endif
+#if LANES > 4
+    HALVE(4);
+#endif
+    HALVE(2);
+    HALVE(1);
     return a[0];
 }
 INLINE float sum(vf x) {
     float t[LANES];
     store(t, x);
-    UNROLL for (int n = LANES / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++) t[i] += t[i + n];
-    return t[0];
+    UNROLL for (int i = 4; i < LANES; i++) t[i % 4] += t[i];
+    return (t[0] + t[2]) + (t[1] + t[3]);
 }
 INLINE float greatest(vf x) {
-    float t[LANES];
-    store(t, x);
-    UNROLL for (int n = LANES / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++) t[i] = t[i + n] > t[i] ? t[i + n] : t[i];
-    return t[0];
+    float best = x[0];
+    UNROLL for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    return best;
 }
 /* LANES rows of LANES become columns. */
 INLINE void transpose(vf *r) {
     vf t[LANES];
-    UNROLL for (int n = 1; n < LANES; n *= 2) {
+    UNROLL for (int round = 0; round < (LANES == 16 ? 4 : LANES == 8 ? 3 : 2); round++) {
         UNROLL for (int i = 0; i < LANES / 2; i++) {
             t[2 * i] = PICK(r[i], r[i + LANES / 2], LOW);
             t[2 * i + 1] = PICK(r[i], r[i + LANES / 2], HIGH);
