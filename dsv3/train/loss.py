@@ -1,16 +1,24 @@
-"""The training objective: L = CE(main) + lambda/M · sum_k CE(MTP k) + alpha · balance  (V3 report 2.1.2, 2.2).
+"""What a step descends: an Objective. Pre-training's is L = CE(main) + lambda/M · sum_k CE(MTP k) + alpha · balance
+(V3 report 2.1.2, 2.2); supervised fine-tuning (train/sft.py) and reinforcement learning (post/) bring their own.
 
+A step's loss is the mean over all its rows, whatever micro-batches they are read in: micro-batch m counts by its share
+
+    L = sum_m share_m · L_m,     share_m = sum of shares(batch) over the rows of m / the sum over all rows
+
+Pre-training's rows are equal. Where rows have unequal numbers of trained targets, these are the shares.
 Legend: B batch, T tokens, D model, V vocabulary, M MTP depth. Does not: know the model's inside or the optimizer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dsv3.kernels.cross_entropy import head_cross_entropy
+from dsv3.model.transformer import DeepseekV3
 
 
 class Losses(NamedTuple):
@@ -20,6 +28,108 @@ class Losses(NamedTuple):
     main: Tensor
     mtp: tuple[Tensor, ...]
     balance: Tensor
+
+
+class Step(NamedTuple):
+    """What an objective makes of a micro-batch, and the trainer of a whole step."""
+
+    losses: Losses
+    counts: Tensor
+    """(L_moe, E) int64: tokens sent to each expert, for the router bias. Added up over micro-batches."""
+    extras: dict[str, float]
+    """More means for the step's record, each weighted as the loss is. The same names from every micro-batch."""
+
+
+class Rows(Protocol):
+    """A batch: whatever the loader makes and the objective reads, B rows of it."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T + M) int64."""
+        ...
+
+
+class RowLoader(Protocol):
+    """Where batches come from (data.loader.Loader and its like). A pure function of its state."""
+
+    def next_batch(self, rows: int) -> Any:
+        """The next batch (Rows), of about `rows` rows: the trainer counts those that came."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; `rows` in it, if any, is told in error messages."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Objective(Protocol):
+    """The loss of one micro-batch of a step. Called with the compute copy of the model, under autograd."""
+
+    def shares(self, batch: Any) -> Tensor:
+        """(B,) float64: how much each row counts in the step's mean. Only their proportion matters."""
+        ...
+
+    def __call__(
+        self,
+        model: DeepseekV3,
+        batch: Any,
+        rows: slice,
+        *,
+        depth: int,
+        mtp_weight: float,
+        alpha: float,
+        device: torch.device,
+    ) -> Step:
+        """The mean over `rows` of the batch, in the sense of `shares`; `losses.total` is what the trainer differentiates.
+
+        Args:
+            depth: MTP layers to train. mtp_weight, alpha: lambda and the balance loss's factor at this step.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainObjective:
+    """Next-token prediction at every position of full rows (data.loader.Batch)."""
+
+    mask_documents: bool = False
+    """Keep attention inside a document."""
+
+    def shares(self, batch: Any) -> Tensor:
+        return torch.ones(batch.tokens.shape[0], dtype=torch.float64)
+
+    def __call__(
+        self,
+        model: DeepseekV3,
+        batch: Any,
+        rows: slice,
+        *,
+        depth: int,
+        mtp_weight: float,
+        alpha: float,
+        device: torch.device,
+    ) -> Step:
+        tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
+        length = tokens.shape[1] - depth
+        mask = document_mask(batch.doc_ids[rows, :length].to(device)) if self.mask_documents else None
+        hidden = model.hidden(tokens, depth=depth, mask=mask, balance=alpha > 0)
+        losses = training_losses(
+            hidden.main,
+            hidden.mtp,
+            hidden.routing.balance,
+            model.lm_head.weight,
+            targets,
+            mtp_weight=mtp_weight,
+            alpha=alpha,
+        )
+        return Step(losses, hidden.routing.counts, {})
+
+
+def document_mask(doc_ids: Tensor) -> Tensor:
+    """doc_ids (B, T) -> (B, T, T) boolean: causal, and among equal ids only."""
+    causal = torch.ones(doc_ids.shape[1], doc_ids.shape[1], dtype=torch.bool, device=doc_ids.device).tril()
+    return (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2)) & causal
 
 
 def training_losses(
@@ -39,7 +149,14 @@ def training_losses(
     length = main.shape[1]
     loss = head_cross_entropy(main, head, targets[:, :length])
     depths = tuple(head_cross_entropy(state, head, targets[:, k : k + length]) for k, state in enumerate(mtp, start=1))
-    total = loss + alpha * balance
+    return join_losses(loss, depths, balance, mtp_weight=mtp_weight, alpha=alpha)
+
+
+def join_losses(
+    main: Tensor, depths: tuple[Tensor, ...], balance: Tensor, *, mtp_weight: float, alpha: float
+) -> Losses:
+    """The parts, scalars, and their weighted sum."""
+    total = main + alpha * balance
     if depths:
         total = total + mtp_weight / len(depths) * torch.stack(depths).sum()
-    return Losses(total, loss.detach(), tuple(d.detach() for d in depths), balance.detach())
+    return Losses(total, main.detach(), tuple(d.detach() for d in depths), balance.detach())

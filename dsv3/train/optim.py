@@ -1,7 +1,8 @@
 """Schedules, AdamW, and the router-bias update that follows each optimizer step.
 
-    learning rate   linear warm-up -> constant -> cosine to a tenth -> two constants            (V3 report section 4.2)
-    batch size      from start to end in equal steps over the first share of the run
+    pre-training    linear warm-up -> constant -> cosine to a tenth -> two constants            (V3 report section 4.2)
+                    batch size from start to end in equal steps over the first share of the run
+    after it        cosine from the first to the last rate, constant batch                      (section 5.1)
     router bias     b_i += gamma · sign(mean(c) - c_i), c the integer token counts of the whole step (arXiv 2408.15664, alg. 1)
 
 The report's run has these as shares of 14.8T tokens; a run of any length takes the same shape. Does not: loop or log.
@@ -12,13 +13,74 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dsv3.model.transformer import DeepseekV3
+
+
+class Schedule(Protocol):
+    """What changes over a run, by the 0-based step; a frozen dataclass."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def batch_ramp_from(self) -> int | None: ...
+    def lr(self, step: int) -> float: ...
+    def rows(self, step: int) -> int: ...
+    def bias_speed(self, step: int) -> float: ...
+    def mtp_lambda(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineConfig:
+    """Schedule of fine-tuning: the report's SFT falls from 5e-6 to 1e-6 by a cosine (section 5.1)."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Rows of a step."""
+    first_lr: float = 5e-6
+    """Learning rate after warm-up; small models want more (about 1e-3 at 2M parameters)."""
+    last_lr: float = 1e-6
+    """Of the last step."""
+    warmup_steps: int = 0
+    gamma: float = 1e-3
+    """Speed of the router bias; 0: it keeps every bit."""
+    mtp_weight: float = 0.1
+    """Lambda; pre-training ended with 0.1."""
+    batch_ramp_from: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be below steps {self.steps}: train longer or warm up less"
+            )
+        if not 0 <= self.last_lr <= self.first_lr:
+            raise ValueError(f"last_lr {self.last_lr} must be from 0 to first_lr {self.first_lr}")
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the 0-based step."""
+        if step < self.warmup_steps:
+            return self.first_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.last_lr + (self.first_lr - self.last_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def rows(self, step: int) -> int:
+        return self.batch_size
+
+    def bias_speed(self, step: int) -> float:
+        return self.gamma
+
+    def mtp_lambda(self, step: int) -> float:
+        return self.mtp_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +194,9 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, *, weight_decay: float = 0.1, moments: torch.dtype = torch.float32) -> AdamW:
-    """AdamW (0.9, 0.95) over float32 masters; decay on matrices only (report section 4.2)."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    """AdamW (0.9, 0.95) over the float32 masters that are trained; decay on matrices only (report section 4.2)."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, moments=moments, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 

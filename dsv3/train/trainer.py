@@ -1,7 +1,8 @@
 """The training loop: batch -> forward, backward (bfloat16 twin) -> float32 gradients -> clip -> AdamW -> router bias.
 
-One optimizer step is `Trainer.step`; everything else keeps it company: schedules, metrics, held-out loss, checkpoints,
-Ctrl-C. A step is a pure function of the checkpointed state, so a run killed anywhere and resumed repeats it bit for bit.
+One optimizer step is `Trainer.step`, and pre-training, fine-tuning and reinforcement learning all take it, each with its
+Objective (loss.py) and its loader. Everything else keeps it company: schedules, metrics, held-out loss, checkpoints, Ctrl-C.
+A step is a pure function of the checkpointed state, so a run killed anywhere and resumed repeats it bit for bit.
 A loss or gradient that is not finite stops the run before the optimizer has seen it.
 Source: V3 report sections 3.3 (float32 masters and gradient accumulation) and 4.2.
 Does not: build models or data (see pretrain.py), or know several processes (issue 6).
@@ -21,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.data.loader import Batch, Loader, count_bytes
+from dsv3.data.loader import Batch, count_bytes
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.apply import PRECISIONS, compute_copy, prepare, refresh_copy
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.health import HealthMonitor
-from dsv3.train.loss import Losses, training_losses
+from dsv3.train.loss import Losses, Objective, PretrainObjective, RowLoader, Rows, Step
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
-from dsv3.train.optim import ScheduleConfig, build_optimizer, non_finite, update_router_bias
+from dsv3.train.optim import Schedule, build_optimizer, non_finite, update_router_bias
 
 
 class NonFiniteError(ValueError):
@@ -41,7 +42,7 @@ class NonFiniteError(ValueError):
 class TrainConfig:
     """How to train; the model's sizes are ModelConfig's."""
 
-    schedule: ScheduleConfig
+    schedule: Schedule
     seq_len: int = 4096
     """Tokens a row."""
     micro_batch: int = 8
@@ -97,20 +98,26 @@ class HeldOut:
 
 
 class Trainer:
-    """Holds the masters, their bfloat16 twin, the optimizer and the loader. See `run`."""
+    """Holds the masters, their bfloat16 twin, the optimizer and the loader. See `run`.
+
+    Args:
+        objective: what a step descends; None: pre-training's. The loader makes the batches that it reads.
+    """
 
     def __init__(
         self,
         model: DeepseekV3,
-        loader: Loader,
+        loader: RowLoader,
         config: TrainConfig,
         folder: Path,
         *,
         tokenizer: Tokenizer | None = None,
         held_out: HeldOut | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, Path(folder)
         self.tokenizer, self.held_out = tokenizer, held_out
+        self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
         self.device = model.lm_head.weight.device
         self.depth = model.config.num_nextn_predict_layers
         self.optimizer = build_optimizer(
@@ -127,7 +134,7 @@ class Trainer:
         self.twin = compute_copy(model, config.precision)
         prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
         self.monitor = HealthMonitor(self.twin) if config.precision == "fp8" else None
-        self._grads = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        self._grads = [torch.zeros_like(parameter) for parameter in _trained(model)]
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -138,17 +145,19 @@ class Trainer:
             NonFiniteError: names step, layer and batch; masters, moments and biases are as before the step.
         """
         index, schedule = self.step_index, self.config.schedule
-        start, rows = time.perf_counter(), schedule.rows(self.step_index)
-        batch = self.loader.next_batch(rows)
+        start = time.perf_counter()
+        batch = self.loader.next_batch(schedule.rows(index))
+        rows = batch.tokens.shape[0]
+        positions = rows * (batch.tokens.shape[1] - self.depth)
         logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
         with self.monitor.watching() if self.monitor and logs else nullcontext():
-            losses, counts = self._accumulate(batch, schedule.mtp_lambda(index))
-        parameters = list(self.model.parameters())
+            losses, counts, extras = self._accumulate(batch, schedule.mtp_lambda(index))
+        parameters = _trained(self.model)
         for parameter, grad in zip(parameters, self._grads):
             parameter.grad = grad
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         if not bool(norm.isfinite()):
-            named = ((name, p.grad) for name, p in self.model.named_parameters())
+            named = ((name, p.grad) for name, p in self.model.named_parameters() if p.requires_grad)
             raise NonFiniteError(f"gradient of {non_finite(list(named))} is not finite {self._where(0, rows)}")
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.lr(index)
@@ -160,7 +169,7 @@ class Trainer:
         update_router_bias(self.model, counts, schedule.bias_speed(index))
         refresh_copy(self.twin, self.model)
         self.step_index += 1
-        self.tokens += rows * self.config.seq_len
+        self.tokens += positions
         seconds = time.perf_counter() - start
         return {
             "step": self.step_index,
@@ -174,37 +183,35 @@ class Trainer:
             "mtp_weight": schedule.mtp_lambda(index),
             "batch_size": rows,
             "seconds": seconds,
-            "tokens_per_s": rows * self.config.seq_len / seconds,
+            "tokens_per_s": positions / seconds,
+            **extras,
             **({"load": expert_load(counts)} if counts.numel() else {}),
             **({"expert_counts": counts.tolist()} if logs else {}),
             **({"fp8": self.monitor.health} if self.monitor and logs else {}),
         }
 
-    def _accumulate(self, batch: Batch, mtp_weight: float) -> tuple[Losses, Tensor]:
-        """Forward and backward over the micro-batches; float32 gradients of the batch's mean loss in self._grads."""
-        rows, total, counts = batch.tokens.shape[0], None, None
+    def _accumulate(self, batch: Rows, mtp_weight: float) -> Step:
+        """Forward and backward over the micro-batches; float32 gradients of the step's mean loss in self._grads."""
+        rows, shares, whole = batch.tokens.shape[0], self.objective.shares(batch), None
         for start in range(0, rows, self.config.micro_batch):
             micro = slice(start, min(start + self.config.micro_batch, rows))
-            share = (micro.stop - micro.start) / rows
-            tokens, targets = batch.tokens[micro].to(self.device), batch.targets[micro].to(self.device)
-            hidden = self.twin.hidden(
-                tokens, depth=self.depth, mask=self._mask(batch.doc_ids[micro]), balance=self.config.alpha > 0
-            )
-            losses = training_losses(
-                hidden.main,
-                hidden.mtp,
-                hidden.routing.balance,
-                self.twin.lm_head.weight,
-                targets,
+            share = float(shares[micro].sum() / shares.sum())
+            part = self.objective(
+                self.twin,
+                batch,
+                micro,
+                depth=self.depth,
                 mtp_weight=mtp_weight,
                 alpha=self.config.alpha,
+                device=self.device,
             )
-            if not bool(losses.total.isfinite()):
+            if not bool(part.losses.total.isfinite()):
+                blame = self._blame(batch.tokens[micro].to(self.device))
                 raise NonFiniteError(
-                    f"loss is {losses.total.item()} {self._blame(tokens)}{self._where(micro.start, micro.stop)}"
+                    f"loss is {part.losses.total.item()} {blame}{self._where(micro.start, micro.stop)}"
                 )
-            (losses.total * share).backward()
-            for grad, parameter in zip(self._grads, self.twin.parameters(), strict=True):
+            (part.losses.total * share).backward()
+            for grad, parameter in zip(self._grads, _trained(self.twin), strict=True):
                 if parameter.grad is not None and start == 0:
                     grad.copy_(parameter.grad)
                 elif parameter.grad is not None:
@@ -212,23 +219,13 @@ class Trainer:
                 elif start == 0:
                     grad.zero_()
                 parameter.grad = None
-            scaled = [loss * share for loss in (losses.total.detach(), losses.main, *losses.mtp, losses.balance)]
-            total = scaled if total is None else [a + b for a, b in zip(total, scaled)]
-            counts = hidden.routing.counts if counts is None else counts + hidden.routing.counts
-        assert total is not None
-        assert counts is not None
-        return Losses(total[0], total[1], tuple(total[2:-1]), total[-1]), counts
-
-    def _mask(self, doc_ids: Tensor) -> Tensor | None:
-        if not self.config.mask_documents:
-            return None
-        ids = doc_ids[:, : self.config.seq_len].to(self.device)
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=self.device).tril()
-        return (ids.unsqueeze(1) == ids.unsqueeze(2)) & causal
+            whole = _add(whole, part, share)
+        assert whole is not None
+        return whole
 
     def _where(self, first: int, last: int) -> str:
         return (
-            f"at step {self.step_index + 1}, batch rows {first} to {last - 1} (loader row {self.loader.state_dict()['rows']}): "
+            f"at step {self.step_index + 1}, batch rows {first} to {last - 1} (loader row {self.loader.state_dict().get('rows')}): "
             "nothing was updated, the last checkpoint is good; lower peak_lr or look at that batch"
         )
 
@@ -334,6 +331,27 @@ class Trainer:
             ).item()
             count += count_bytes(targets, self.held_out.byte_lengths)
         return nats / math.log(2) / count
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What the optimizer moves; of a model with adapters, these alone."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _add(whole: Step | None, part: Step, share: float) -> Step:
+    """The means so far and those of one more micro-batch."""
+    losses, extras = _scaled(part.losses, share), {name: value * share for name, value in part.extras.items()}
+    if whole is None:
+        return Step(losses, part.counts, extras)
+    mtp = tuple(a + b for a, b in zip(whole.losses.mtp, losses.mtp, strict=True))
+    before = whole.losses
+    losses = Losses(before.total + losses.total, before.main + losses.main, mtp, before.balance + losses.balance)
+    return Step(losses, whole.counts + part.counts, {name: whole.extras[name] + extras[name] for name in extras})
+
+
+def _scaled(losses: Losses, share: float) -> Losses:
+    mtp = tuple(loss * share for loss in losses.mtp)
+    return Losses(losses.total.detach() * share, losses.main * share, mtp, losses.balance * share)
 
 
 def _jsonable(value: Any) -> Any:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.train.optim import ScheduleConfig, build_optimizer, update_router_bias
+from dsv3.train.optim import CosineConfig, ScheduleConfig, build_optimizer, update_router_bias
 from tests.model.tiny import random_model
 
 
@@ -19,6 +19,19 @@ def test_published_schedule():
     assert (schedule.rows(0), schedule.rows(46_900), schedule.rows(10**6)) == (3072, 15360, 15360)
     assert (schedule.bias_speed(0), schedule.bias_speed(1_430_001)) == (1e-3, 0.0)
     assert (schedule.mtp_lambda(0), schedule.mtp_lambda(1_000_001)) == (0.3, pytest.approx(0.1))
+
+
+def test_published_schedule_of_fine_tuning():
+    schedule = CosineConfig(steps=101, batch_size=8)
+    assert schedule.lr(0) == pytest.approx(5e-6)
+    assert schedule.lr(50) == pytest.approx(3e-6)
+    assert schedule.lr(100) == pytest.approx(1e-6)
+    warm = CosineConfig(steps=21, batch_size=8, warmup_steps=10, gamma=0.0)
+    assert [warm.lr(0), warm.lr(9), warm.lr(10), warm.lr(20)] == pytest.approx([5e-7, 5e-6, 5e-6, 1e-6])
+    assert warm.bias_speed(3) == 0.0
+    assert CosineConfig(steps=1, batch_size=1).lr(0) == pytest.approx(5e-6)
+    with pytest.raises(ValueError, match=r"last_lr 0.1 must be from 0 to first_lr 5e-06"):
+        CosineConfig(steps=1, batch_size=1, last_lr=0.1)
 
 
 @given(st.integers(0, 99))
