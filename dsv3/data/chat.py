@@ -177,7 +177,7 @@ class ChatFormat:
         Raises:
             ValueError: a control token is missing, or the template is V3.1's or later, which write turns differently.
         """
-        template = (tokenizer._config or {}).get("chat_template")
+        template = tokenizer.config.get("chat_template")
         template = template if isinstance(template, str) else CHAT_TEMPLATE
         ours = template in (CHAT_TEMPLATE, REASONING_TEMPLATE)
         if not ours and re.search(r"\{\{-? *['\"]</think>", template):
@@ -319,8 +319,7 @@ class ChatFormat:
 def with_template(tokenizer: Tokenizer, *, reasoning: bool = False) -> Tokenizer:
     """The same tokenizer, whose saved tokenizer_config.json holds our template (and so tells ChatFormat.of)."""
     template = REASONING_TEMPLATE if reasoning else CHAT_TEMPLATE
-    config = tokenizer._config or tokenizer._new_config()
-    return Tokenizer(tokenizer._source, {**config, "chat_template": template})
+    return tokenizer.with_config(chat_template=template)
 
 
 def preview(ids: Sequence[int], mask: Sequence[bool], tokenizer: Tokenizer) -> str:

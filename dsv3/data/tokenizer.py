@@ -217,9 +217,18 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(self._config or self._new_config(), ensure_ascii=False, indent=2) + "\n"
+        config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
         for name, content in (("tokenizer.json", self._source), ("tokenizer_config.json", config)):
             _write(folder / name, content)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, or will say."""
+        return dict(self._config or self._new_config())
+
+    def with_config(self, **entries: Any) -> Tokenizer:
+        """The same tokenizer with other entries in its tokenizer_config.json."""
+        return Tokenizer(self._source, self.config | entries)
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
