@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -112,13 +113,21 @@ def serve(verb: Serve) -> None:
     if verb.replicas < 1:
         raise ValueError(f"--replicas is {verb.replicas}: give 1 or more")
     load = _Loader(checkpoint, verb)
-    print(f"http://{verb.host}:{verb.port} (Ctrl-C ends it; running answers are finished)", file=sys.stderr)
-    if verb.replicas > 1:
-        from dsv3.serve.replicas import serve_replicas
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
 
-        serve_replicas(load, settings, verb.host, verb.port, replicas=verb.replicas)
-    else:
-        serve_app(load, settings, verb.host, verb.port)
+    def started(url: str) -> None:
+        print(f"{url} (Ctrl-C ends it; running answers are finished first)", file=sys.stderr)
+
+    try:
+        if verb.replicas > 1:
+            from dsv3.serve.replicas import serve_replicas
+
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            serve_replicas(load, settings, verb.host, verb.port, replicas=verb.replicas, started=started)
+        else:
+            serve_app(load, settings, verb.host, verb.port, started=started)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
