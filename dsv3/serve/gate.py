@@ -36,14 +36,14 @@ _ROUTES = (
     "/tokenizer_info",
     "/user/balance",
 )
-_WITH_KEY = {base + route for base in BASES for route in _ROUTES} | {"/metrics"}
+API_PATHS = {base + route for base in BASES for route in _ROUTES} | {"/metrics"}
 
 
 def _label(path: str) -> str:
     """What metrics and logs call a path: one of the API's, all of which need a key, or "other"."""
     if any(path.startswith(f"{base}/models/") for base in BASES):
         return "/models/NAME"
-    return path if path in _WITH_KEY else "other"
+    return path if path in API_PATHS else "other"
 
 
 class Gate:

@@ -291,7 +291,10 @@ class Planner:
             if not ids:
                 raise refuse("prompt", f"prompt[{at}] has no tokens: give at least one")
             if max(ids) >= self._vocab:
-                raise refuse("prompt", f"prompt[{at}] holds token {max(ids)}, the vocabulary ends at {self._vocab - 1}")
+                raise refuse(
+                    "prompt",
+                    f"prompt[{at}] holds token {max(ids)}, the vocabulary ends at {self._vocab - 1}: /tokenize gives ids",
+                )
         return listed, [self.tokenizer.decode(ids) for ids in listed] if echo else [], 0
 
     def _encode(self, field: str, text: str, *, special: bool = False, limited: bool = True) -> list[int]:

@@ -28,7 +28,7 @@ from starlette.types import Scope
 
 from dsv3.data.chat import CHAT_TEMPLATE, REASONING_TEMPLATE
 from dsv3.serve.errors import ApiError, from_validation, json_response
-from dsv3.serve.gate import BASES, Gate
+from dsv3.serve.gate import API_PATHS, BASES, Gate
 from dsv3.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dsv3.serve.replies import ChatBody, CompletionBody
 from dsv3.serve.service import Service
@@ -257,9 +257,9 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {request.url.path!r:.200} here: the API is at /v1/chat/completions, /v1/completions, /v1/models",
         405: f"{request.url.path!r:.200} does not take {request.method}: see /openapi.json",
     }
-    headers = dict(error.headers or {})
-    api_error = ApiError(error.status_code, said.get(error.status_code, str(error.detail)))
-    return json_response(api_error.body, error.status_code, {**headers, **api_error.headers})
+    status = 405 if error.status_code == 404 and request.url.path in API_PATHS else error.status_code
+    headers, api_error = dict(error.headers or {}), ApiError(status, said.get(status, str(error.detail)))
+    return json_response(api_error.body, status, {**headers, **api_error.headers})
 
 
 # -- the OpenAPI document and the page ---------------------------------------------------------------------------------
