@@ -8,22 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "ModelConfig", "SamplingParams", "Tokenizer", "load", "save"]
+__all__ = [
+    "ChatFormat",
+    "Engine",
+    "ModelConfig",
+    "SamplingParams",
+    "Sandbox",
+    "Tokenizer",
+    "load",
+    "math_equal",
+    "save",
+]
 
 if TYPE_CHECKING:
     import torch
 
+    from dsv3.data.chat import ChatFormat
     from dsv3.data.tokenizer import Tokenizer
+    from dsv3.evals.grade import math_equal
+    from dsv3.evals.sandbox import Sandbox
     from dsv3.infer.engine import Engine
     from dsv3.infer.sampling import SamplingParams
     from dsv3.model.config import ModelConfig
     from dsv3.model.transformer import DeepseekV3
 
 _HOMES = {
+    "ChatFormat": "dsv3.data.chat",
     "Engine": "dsv3.infer.engine",
     "ModelConfig": "dsv3.model.config",
     "SamplingParams": "dsv3.infer.sampling",
+    "Sandbox": "dsv3.evals.sandbox",
     "Tokenizer": "dsv3.data.tokenizer",
+    "math_equal": "dsv3.evals.grade",
 }
 
 
