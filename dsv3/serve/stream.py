@@ -96,7 +96,8 @@ class EngineReply(Response):
             except (EngineFault, TooSlow) as error:
                 raise ApiError(500, str(error)) from None
             if not deltas:
-                yield None
+                if time.monotonic() < deadline:
+                    yield None
                 continue
             chunks = []
             for place, delta in deltas:

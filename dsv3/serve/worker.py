@@ -48,6 +48,7 @@ class Ticket:
     salt: bytes
     loop: asyncio.AbstractEventLoop
     max_backlog: int
+    drop: Callable[[], None] = lambda: None  # have the engine abort it
     requests: list[Request] = field(default_factory=list)
     admitted: asyncio.Future[None] = field(init=False)
     born: float = field(default_factory=time.monotonic)
@@ -71,6 +72,7 @@ class Ticket:
         if len(self._unread) > self.max_backlog and not self.closed:
             self._unread.clear()
             self._fault = TooSlow("the client reads too slowly: what it left unread is gone")
+            self.drop()
         self._news.set()
 
     async def read(self, timeout: float | None = None) -> list[tuple[int, Delta]]:
@@ -127,6 +129,7 @@ class Worker:
         """
         self.start()
         ticket = Ticket(prompts, params, salt, asyncio.get_running_loop(), self.max_backlog)
+        ticket.drop = lambda: self._inbox.put(lambda: self._abort(ticket))
         self.open += ticket.open
         self._inbox.put(lambda: self._add(ticket))
         try:
