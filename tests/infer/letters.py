@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from dsv3.infer.engine import Engine
 from tests.model.tiny import TINY, random_model
 
@@ -36,7 +38,7 @@ class _Stream:
         return ""
 
 
-def engine(seed: int = 0, model: dict | None = None, **options) -> Engine:
+def engine(seed: int = 0, model: dict | None = None, dtype: torch.dtype = torch.float32, **options) -> Engine:
     """Over a random model of TINY's sizes; `model`: fields to change."""
     config = dataclasses.replace(TINY, **({"eos_token_id": 95} | (model or {})))
-    return Engine(random_model(config, seed), Letters(), **({"cache_gb": 0.01} | options))
+    return Engine(random_model(config, seed).to(dtype), Letters(), **({"cache_gb": 0.01} | options))

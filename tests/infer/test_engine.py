@@ -76,30 +76,39 @@ def test_owners_do_not_share():
         assert request.cached == cached
 
 
-def test_requests_of_all_kinds_together_say_what_each_says_alone():
-    """With pages for a few of them only, so that some are set aside and taken up again."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drafts", [0, 1, 2])
+def test_requests_of_all_kinds_together_say_what_each_says_alone(dtype, drafts):
+    """With pages for a few of them only, so that some are set aside and taken up again; and once more, from known pages."""
     prompts = [LONG[:n] for n in (3, 64, 65, 100, 150, 20)]
-    kinds = [SamplingParams(max_tokens=40, ignore_eos=True, temperature=t, seed=i) for i, t in enumerate([0, 0.8] * 3)]
-    alone = [tokens_of_sample(engine(), p, k) for p, k in zip(prompts, kinds)]
-    e = engine(cache_gb=PAGES(8), step_tokens=24, max_running=6)
-    requests = [e.add(p, k) for p, k in zip(prompts, kinds)]
-    parts = drain(e, requests)
+    kinds = [
+        SamplingParams(
+            max_tokens=40, ignore_eos=True, temperature=t, seed=i, logprobs=1, frequency_penalty=0.1 * (i % 3)
+        )
+        for i, t in enumerate([0, 0.8] * 3)
+    ]
+    alone = [next(engine(dtype=dtype, drafts=drafts).complete([p], k)) for p, k in zip(prompts, kinds)]
+    e = engine(dtype=dtype, drafts=drafts, cache_gb=PAGES(8, dtype, drafts > 0), step_tokens=24, max_running=6)
+    assert e.runner.invariant
+    for _ in range(2):
+        requests = [e.add(p, k) for p, k in zip(prompts, kinds)]
+        parts = drain(e, requests)
+        for request, expected in zip(requests, alone):
+            assert tokens_of(parts[request.id, 0]) == expected.token_ids
+            # Bit for bit: log-probabilities too.
+            assert [s for d in parts[request.id, 0] for s in d.scores] == expected.scores
     assert e.stats.preemptions > 0
-    for request, expected in zip(requests, alone):
-        assert tokens_of(parts[request.id, 0]) == expected
+    assert e.stats.cached_tokens > 0
     assert e.scheduler.book.held == 0
 
 
-def tokens_of_sample(e, prompt, params):
-    return next(e.complete([prompt], params)).token_ids
-
-
-def PAGES(count: int) -> float:
+def PAGES(count: int, dtype: torch.dtype = torch.float32, mtp: bool = True) -> float:
     """Gigabytes of so many pages of the tests' model, and page 0."""
     from dsv3.infer.pages import PageStore
 
     config = random_model().config
-    return (count + 1) * PageStore.bytes_per_page(config, config.num_layers_with_mtp, torch.float32) / 1e9
+    layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
+    return (count + 1) * PageStore.bytes_per_page(config, layers, dtype) / 1e9
 
 
 @pytest.mark.parametrize("drafts", [1, 2])
