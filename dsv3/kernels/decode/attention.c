@@ -11,7 +11,7 @@ static long padded(long n) { return round_up(n, LANES); }
 
 long attention_floats(const Model *m) {
     const long width = padded(m->rank + m->rope);
-    return 2 * QUERIES * width + 2 * PAGE * width + m->nope * padded(m->rank) + QUERIES * (PAGE + 1 + LANES) + 4 * LANES;
+    return 2 * QUERIES * width + 2 * PAGE * width + m->nope * padded(m->rank) + QUERIES * (PAGE + 1 + LANES) + LANES;
 }
 AttentionWork carve_attention(const Model *m, float *at) {
     const long width = padded(m->rank + m->rope);
@@ -54,17 +54,17 @@ static void absorb(const Model *m, const Layer *layer, const AttentionWork *w, l
     }
 }
 
-/* A page's keys as columns, keys[c][key], and as float32 rows where they are not that already. */
-static const float *read_page(const Model *m, const AttentionWork *w, const char *at, int kind, long *row) {
+/* A page's first keys as columns, keys[c][key], and as float32 rows where they are not that already. */
+static const float *read_page(const Model *m, const AttentionWork *w, const char *at, int kind, long keys, long *row) {
     const long width = m->rank + m->rope, even = padded(width);
     const float *rows = (const float *)at;
     *row = width;
     if (kind != FLOAT32 || width % LANES || m->rank % LANES) {
-        for (long k = 0; k < PAGE; k++) widen_run(kind, at + k * width * size_of(kind), width, 1, w->page + k * even);
+        for (long k = 0; k < keys; k++) widen_run(kind, at + k * width * size_of(kind), width, 1, w->page + k * even);
         rows = w->page;
         *row = even;
     }
-    for (long k = 0; k < PAGE; k += LANES)
+    for (long k = 0; k < keys; k += LANES)
         for (long c = 0; c < width; c += LANES) {
             vf t[LANES];
             UNROLL for (int i = 0; i < LANES; i++) t[i] = load(rows + (k + i) * *row + c);
@@ -74,28 +74,34 @@ static const float *read_page(const Model *m, const AttentionWork *w, const char
     return rows;
 }
 
-/* Keys [from, to) of a page count for one query: scores become weights, and what it has summed is scaled to their greatest. */
-static void weigh(float *scores, long from, long to, float *best, float *total, float *sums, long width) {
-    for (long k = 0; k < from; k++) scores[k] = -INFINITY;
-    for (long k = to; k < PAGE; k++) scores[k] = -INFINITY;
-    vf high = load(scores), t = load(total);
-    for (long k = LANES; k < PAGE; k += LANES) {
-        const vf s = load(scores + k);
-        high = choose(s > high, s, high);
+/* LANES queries at a time: scores become weights, and what a query has summed is scaled down to its greatest score so far. */
+static void weigh(const AttentionWork *w, long queries, long keys, long width) {
+    for (long q = 0; q < queries; q += LANES) {
+        vf high[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) {
+            const float *scores = w->scores + least(q + i, queries - 1) * PAGE;
+            high[i] = load(scores);
+            for (long k = LANES; k < keys; k += LANES) high[i] = greater(load(scores + k), high[i]);
+        }
+        const vf before = load(w->greatest + q), now = greater(fold_greatest(high), before);
+        const vf factor = choose(before == now, splat(1), exp2v(before - now));
+        store(w->greatest + q, now);
+        for (long i = q; i < least(q + LANES, queries); i++) {
+            float *scores = w->scores + i * PAGE, *sums = w->sums + i * width, *totals = w->totals + i * LANES;
+            const float f = factor[i - q], best = now[i - q];
+            vf t = load(totals);
+            if (f != 1) {
+                t *= f;
+                for (long c = 0; c < padded(width); c += LANES) store(sums + c, load(sums + c) * f);
+            }
+            for (long k = 0; k < keys; k += LANES) {
+                const vf p = exp2v(load(scores + k) - best);
+                store(scores + k, p);
+                t += p;
+            }
+            store(totals, t);
+        }
     }
-    const float now = greatest(high);
-    if (now > *best) {
-        const float factor = *best == -INFINITY ? 0 : exp2v(splat(*best - now))[0];
-        *best = now;
-        t *= factor;
-        for (long c = 0; c < width; c += LANES) store(sums + c, load(sums + c) * factor);
-    }
-    for (long k = 0; k < PAGE; k += LANES) {
-        const vf s = load(scores + k), p = choose(s == -INFINITY, splat(0), exp2v(s - *best));
-        store(scores + k, p);
-        t += p;
-    }
-    store(total, t);
 }
 
 /* Keys of the page that begins at `start` that a row at this position sees. */
@@ -110,15 +116,18 @@ void attend(const Model *m, const Layer *layer, const AttentionWork *w, const ch
     memset(w->totals, 0, all * LANES * 4);
     for (long i = 0; i < all; i++) w->greatest[i] = -INFINITY;
     for (long start = 0; start <= last; start += PAGE) {
-        const long from = start ? 0 : first_key;
+        const long from = start ? 0 : first_key, keys = round_up(seen(last, start), LANES);
+        const int whole = !from && seen(position, start) == PAGE;
         long row;
         const char *page = latents + pages[start / PAGE] * PAGE * (C + m->rope) * size_of(kind);
-        const float *values = read_page(m, w, page, kind, &row);
-        mix(all, PAGE, C + m->rope, w->absorbed, width, w->keys, PAGE, w->scores, PAGE, 0);
-        for (long i = 0; i < all; i++)
-            weigh(w->scores + i * PAGE, from, seen(position + i % rows, start), w->greatest + i, w->totals + i * LANES,
-                  w->sums + i * width, up);
-        if (!from && seen(position, start) == PAGE) mix(all, up, PAGE, w->scores, PAGE, values, row, w->sums, width, 1);
+        const float *values = read_page(m, w, page, kind, keys, &row);
+        mix(all, keys, C + m->rope, w->absorbed, width, w->keys, PAGE, w->scores, PAGE, 0);
+        if (!whole)
+            for (long i = 0; i < all; i++)
+                for (long k = 0, to = seen(position + i % rows, start); k < keys; k++)
+                    if (k < from || k >= to) w->scores[i * PAGE + k] = -INFINITY;
+        weigh(w, all, keys, width);
+        if (whole) mix(all, up, PAGE, w->scores, PAGE, values, row, w->sums, width, 1);
         else /* what a row does not see must not reach it, not even times zero: it may be no number */
             for (long r = 0; r < rows; r++)
                 mix(heads, up, most(seen(position + r, start) - from, 0), w->scores + r * PAGE + from, rows * PAGE,

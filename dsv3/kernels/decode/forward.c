@@ -82,6 +82,17 @@ long decode_bytes(const Model *m, long rows, int threads) {
     return a.used;
 }
 
+/* The next of a phase's units for this thread, [*from, result). Few rows wait for memory, which likes long runs; many rows
+   make each unit long enough. */
+static long claim_run(Self *self, long rows, long units, long *from) {
+    const long each = rows > 4 ? 1 : units / (self->worker.team->size * 6) + 1;
+    *from = claim(&self->worker) * each;
+    return least(*from + each, units);
+}
+#define EACH(i, units) \
+    for (long i, end_; end_ = claim_run(self, s->rows, units, &i), i < (units);) \
+        for (; i < end_; i++)
+
 /* -- phases -------------------------------------------------------------------------------------------------------------- */
 
 /* What every thread needs of norm(x): its own copy of a few rows, or all threads' together. */
@@ -117,7 +128,7 @@ static void linear_strip(const Matrix *m, long first, long N, const float *x, fl
 }
 static long strips(const Matrix *m) { return m->at ? (m->rows + STRIP - 1) / STRIP : 0; }
 static void linear(const Step *s, Self *self, const Matrix *m, const float *x, float *y, int add) {
-    for (long i; (i = claim(&self->worker)) < strips(m);) linear_strip(m, i * STRIP, s->rows, x, self->panel, y, add);
+    EACH (i, strips(m)) linear_strip(m, i * STRIP, s->rows, x, self->panel, y, add);
     meet(&self->worker);
 }
 
@@ -267,7 +278,7 @@ static void feed_forward(const Step *s, Self *self, const Layer *layer, long moe
     self->used = 0;
     if (routes) {
         sort_copies(s, self, chosen);
-        for (long i; (i = claim(&self->worker)) < self->used * per;) {
+        EACH (i, self->used * per) {
             const long e = self->experts[i / per], from = self->offsets[e];
             const Mlp one = {of_expert(&layer->experts.gate, e), of_expert(&layer->experts.up, e), layer->experts.down};
             gate_up_strip(&one, i % per * STRIP, self->offsets[e + 1] - from, x, self->copies + from, K, s->weights, self->panel,
@@ -277,7 +288,7 @@ static void feed_forward(const Step *s, Self *self, const Layer *layer, long moe
             for (long e = 0; e < m->experts; e++) s->counts[moe * m->experts + e] += self->offsets[e + 1] - self->offsets[e];
         meet(&self->worker);
     }
-    for (long i; (i = claim(&self->worker)) * STRIP < m->dim;) {
+    EACH (i, (m->dim + STRIP - 1) / STRIP) {
         if (layer->mlp.down.at) down_strip(&layer->mlp.down, i * STRIP, N, s->shared, NULL, 1, self->panel, s->x);
         for (long u = 0; u < self->used; u++) {
             const long e = self->experts[u], from = self->offsets[e];
@@ -295,14 +306,14 @@ static void decoder_layer(const Step *s, Self *self, const Layer *layer, long sl
     const float *x = normalise(s, self, s->x, layer->input_norm, m->dim);
     const Matrix *first = layer->q_a.at ? &layer->q_a : &layer->q;
     float *queries = layer->q_a.at ? s->compressed : s->q;
-    for (long i; (i = claim(&self->worker)) < strips(first) + strips(&layer->kv_a);) {
+    EACH (i, strips(first) + strips(&layer->kv_a)) {
         if (i < strips(first)) linear_strip(first, i * STRIP, s->rows, x, self->panel, queries, 0);
         else linear_strip(&layer->kv_a, (i - strips(first)) * STRIP, s->rows, x, self->panel, s->latent, 0);
     }
     meet(&self->worker);
     const long products = layer->q_a.at ? strips(&layer->q) : 0;
     if (products) x = normalise(s, self, s->compressed, layer->q_norm, layer->q_a.rows);
-    for (long i; (i = claim(&self->worker)) < products + s->blocks;) {
+    EACH (i, products + s->blocks) {
         if (i < products) linear_strip(&layer->q, i * STRIP, s->rows, x, self->panel, s->q, 0);
         else {
             const Block *b = s->block + i - products;

@@ -19,7 +19,7 @@ INLINE vf weight_tail(int kind, const char *w, long K, vf scale) { /* the same w
 /* Sums of R rows with O outputs, lanes not yet folded: a[r * O + o]. */
 INLINE void tile(const int kind, const int R, const int O, const char *const *w, const float *const *scales, long K,
                  const float *const *x, vf *a) {
-    const long size = size_of(kind), whole = K / LANES * LANES, block = kind == FP8 ? BLOCK : whole;
+    const long size = size_of(kind), ahead = STRIP * K * size, whole = K / LANES * LANES, block = kind == FP8 ? BLOCK : whole;
     vf s[8], xs[4]; /* of fixed sizes: arrays as long as an argument stay in memory */
     UNROLL for (int i = 0; i < R * O; i++) a[i] = splat(0);
     UNROLL for (int o = 0; o < O; o++) s[o] = splat(0);
@@ -34,6 +34,7 @@ INLINE void tile(const int kind, const int R, const int O, const char *const *w,
             UNROLL for (int o = 0; o < O; o++) {
                 vf v = widen(kind, w[o] + k * size, s[o]);
                 if (R > 1) KEEP(v);
+                __builtin_prefetch(w[o] + k * size + ahead, 0, 2); /* the next strip */
                 UNROLL for (int r = 0; r < R; r++) a[r * O + o] += xs[r] * v;
             }
         }

@@ -101,9 +101,10 @@ INLINE float from_bf16(uint16_t h) {
     return x;
 }
 
-/* 2^x; below -126 what 2^-126 gives. A NaN passes. */
+/* 2^x; 0 below -126. A NaN passes. */
 INLINE vf exp2v(vf x) {
-    x = choose(x < -126.0f, splat(-126.0f), choose(x > 127.0f, splat(127.0f), x));
+    const vi gone = x < -126.0f;
+    x = choose(x > 127.0f, splat(127.0f), x);
     const vf n = (x + 12582912.0f) - 12582912.0f, r = x - n;
     vf p = splat(1.5252734e-5f);
     p = p * r + 1.5403530e-4f;
@@ -113,22 +114,29 @@ INLINE vf exp2v(vf x) {
     p = p * r + 2.4022651e-1f;
     p = p * r + 6.9314718e-1f;
     p = p * r + 1.0f;
-    return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+    return (vf)(((vi)p + (__builtin_convertvector(n, vi) << 23)) & ~gone);
 }
 #define LOG2E 1.44269504f
 INLINE vf silu(vf x) { return x / (1.0f + exp2v(x * -LOG2E)); }
 
-/* Sums over the lanes of LANES vectors become the lanes of one. Written out: compilers do not unroll what halves. */
-#define HALVE(n) UNROLL for (int i = 0; i < (n); i++) a[i] = PICK(a[i], a[i + (n)], LOW) + PICK(a[i], a[i + (n)], HIGH)
+/* Sums, or maxima, over the lanes of LANES vectors become the lanes of one. */
+INLINE vf add(vf a, vf b) { return a + b; }
+INLINE vf greater(vf a, vf b) { return choose(a > b, a, b); }
+#define HALVE(n, with) \
+    UNROLL for (int i = 0; i < (n); i++) a[i] = with(PICK(a[i], a[i + (n)], LOW), PICK(a[i], a[i + (n)], HIGH))
+#if LANES == 16
+#define FOLD(with) HALVE(8, with); HALVE(4, with); HALVE(2, with); HALVE(1, with)
+#elif LANES == 8
+#define FOLD(with) HALVE(4, with); HALVE(2, with); HALVE(1, with)
+#else
+#define FOLD(with) HALVE(2, with); HALVE(1, with)
+#endif
 INLINE vf fold(vf *a) {
-#if LANES > 8
-    HALVE(8);
-#endif
-#if LANES > 4
-    HALVE(4);
-#endif
-    HALVE(2);
-    HALVE(1);
+    FOLD(add);
+    return a[0];
+}
+INLINE vf fold_greatest(vf *a) {
+    FOLD(greater);
     return a[0];
 }
 INLINE float sum(vf x) {
@@ -136,11 +144,6 @@ INLINE float sum(vf x) {
     store(t, x);
     UNROLL for (int i = 4; i < LANES; i++) t[i % 4] += t[i];
     return (t[0] + t[2]) + (t[1] + t[3]);
-}
-INLINE float greatest(vf x) {
-    float best = x[0];
-    UNROLL for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
 }
 /* LANES rows of LANES become columns. */
 INLINE void transpose(vf *r) {
