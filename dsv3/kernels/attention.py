@@ -1,10 +1,12 @@
-"""The two cores of multi-head latent attention: full (training, prefill) and latent (absorbed decoding).
+"""The cores of multi-head latent attention: full (training, prefill), latent (absorbed decoding), and latent over pages.
 
 full     softmax(scale · q kᵀ) v per head over expanded keys and values
 latent   the same against the cache rows: every head reads one shared [c_kv | k_pe] of C + R values, and values
          are a view of the keys' first C; the caller has multiplied W_UK into the query and multiplies W_UV out
-Source: V2 report appendix C, V3 report section 2.1.1.
-Legend: B batch, H heads, T queries, S keys, C latent, R rope, K and V head sizes.
+pages    latent for single rows, each with a position of its own, over pages of 64 cache rows (dsv3.infer.pages): in Triton for
+         bfloat16 on CUDA, else by torch
+Source: V2 report appendix C, V3 report section 2.1.1; spec 3.5.
+Legend: B batch, H heads, T queries, S keys, C latent, R rope, K and V head sizes, N rows, P pages, W pages of a table.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.kernels import native
+from dsv3.kernels.triton import use_triton
+
+PAGE = 64  # tokens
 
 
 def attend_full(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -105,3 +110,47 @@ def attend_latent(q: Tensor, latent: Tensor, *, rank: int, scale: float, mask: T
     weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1).to(latent.dtype)
     out = weights.view(batch, heads * tokens, -1) @ latent[..., :rank]
     return out.view(batch, heads, tokens, rank)
+
+
+@torch.library.custom_op("dsv3::attend_pages", mutates_args=())
+def attend_pages(
+    q: Tensor, pages: Tensor, tables: Tensor, rows: Tensor, positions: Tensor, rank: int, scale: float, first: int = 0
+) -> Tensor:
+    """Each row attends to its sequence's slots from `first` to its own position -> (N, H, C) in the dtype of q.
+
+    In Triton a row's numbers are the same bits whatever other rows and however wide a table it comes with. A row that has
+    nothing to read gets zeros. What lies in slots that it may not read changes nothing, be it NaN.
+
+    Args:
+        q: (N, H, C + R) absorbed queries, of the dtype of pages.
+        pages: (P, 64, C + R) one layer's store.
+        tables: (B, W) int64, each sequence's pages in order.
+        rows: (N,) int64, of tables: whose sequence each row belongs to; several rows may share one.
+        positions: (N,) int64, below 64·W. They stay on the device and are not checked.
+        rank: C.
+    """
+    if use_triton(q, pages, tables, rows, positions) and q.dtype == pages.dtype == torch.bfloat16:
+        from dsv3.kernels.triton import attention
+
+        given = [t.contiguous() for t in (q, pages, tables, rows, positions)]
+        return attention.attend_pages(*given, rank, scale, first)
+    return attend_pages_reference(q, pages, tables, rows, positions, rank, scale, first)
+
+
+@attend_pages.register_fake
+def _(q, pages, tables, rows, positions, rank, scale, first=0):
+    return q.new_empty(q.shape[0], q.shape[1], rank)
+
+
+def attend_pages_reference(
+    q: Tensor, pages: Tensor, tables: Tensor, rows: Tensor, positions: Tensor, rank: int, scale: float, first: int = 0
+) -> Tensor:
+    """The same by torch in float32 (float64 for float64): all rows against all that their tables name."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = torch.arange(tables.shape[1] * PAGE, device=q.device)
+    seen = (keys <= positions.unsqueeze(1)) & (keys >= first)  # (N, S)
+    held = pages[tables[rows]].flatten(1, 2).to(wide)  # (N, S, C + R)
+    held = torch.where(seen.unsqueeze(-1), held, 0.0)  # nothing times NaN would be NaN
+    scores = (q.to(wide) @ held.mT * scale).masked_fill(~seen.unsqueeze(1), -torch.inf)
+    weights = torch.where(seen.any(1).view(-1, 1, 1), scores.softmax(-1), 0.0)
+    return (weights @ held[..., :rank]).to(q.dtype)
