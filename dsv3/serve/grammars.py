@@ -99,9 +99,31 @@ def _calls_rules(tokenizer: Tokenizer, functions: Sequence[FunctionSpec], single
     more = "" if single else ' ("\\n" call)*'
     rules = [f"calls: {begin} call{more} {end}", f'call: {call} "function" {sep} ({names}) {over}']
     for at, function in enumerate(functions):
-        schema = function.parameters if function.parameters is not None else _NO_ARGUMENTS
-        if schema and "type" not in schema and not {"anyOf", "oneOf", "allOf", "$ref"} & schema.keys():
+        schema = _NO_ARGUMENTS if function.parameters is None else _closed(function.parameters)
+        if "type" not in schema and not {"anyOf", "oneOf", "allOf", "$ref"} & schema.keys():
             schema = {"type": "object", **schema}
         rules.append(f'function{at}: "{function.name}\\n```json\\n" arguments{at} "\\n```"')
-        rules.append(f"arguments{at}: {engine_grammar.inline_schema(schema or {'type': 'object'})}")
+        rules.append(f"arguments{at}: {engine_grammar.inline_schema(schema)}")
     return rules
+
+
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
+_VALUES = ("enum", "const", "default", "examples")
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties they name and no others, unless it says otherwise."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {}
+    for key, part in schema.items():
+        if key in _NAMED and isinstance(part, dict):
+            closed[key] = {name: _closed(inner) for name, inner in part.items()}
+        else:
+            closed[key] = part if key in _VALUES else _closed(part)
+    says = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf"} & schema.keys()
+    if isinstance(schema.get("properties"), dict) and not says:
+        closed["additionalProperties"] = False
+    return closed

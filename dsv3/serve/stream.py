@@ -91,12 +91,13 @@ class EngineReply(Response):
                 raise ApiError(
                     503, f"the request ran for {settings.request_timeout_s:g} s: ask for less", retry_after=1
                 )
+            silence = min(left, settings.keep_alive_s or left)
             try:
-                deltas = await ticket.read(min(left, settings.keep_alive_s or left))
+                deltas = await ticket.read(silence)
             except (EngineFault, TooSlow) as error:
                 raise ApiError(500, str(error)) from None
             if not deltas:
-                if time.monotonic() < deadline:
+                if silence < left:
                     yield None
                 continue
             chunks = []
