@@ -1,6 +1,6 @@
 """A real Chromium, and a small server that plays the API: what tests/serve/test_page.py drives.
 
-`Fake` serves dsv3/serve/web under the policy of dsv3.serve.app and answers POST /v1/chat/completions from a script: one
+`Fake` serves dsv3/serve/web under the headers of dsv3.serve.routes and answers POST /v1/chat/completions from a script: one
 list of steps a request, in order. A step is a chunk's dict, a `Wait` for the test to let it go on, or a `Refuse`.
 `text_chunks`, `token_chunks` and `last_chunk` build what the server sends with `details: true`.
 Does not: look at what is asked; it only keeps it (`Fake.requests`).
@@ -14,19 +14,17 @@ import mimetypes
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
+
+from dsv3.serve.routes import _PAGE_HEADERS
 
 WEB = Path(__file__).parents[2] / "dsv3" / "serve" / "web"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 _ARGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 
@@ -113,13 +111,21 @@ def last_chunk(prompt: int, completion: int, cached: int, drafted: list[int], ac
     totals = {
         "drafted": sum(drafted),
         "accepted": sum(accepted),
-        "drafted_by_position": drafted,
-        "accepted_by_position": accepted,
+        "places": list(zip(drafted, accepted, strict=True)),
         "cached_tokens": cached,
         "seconds": 2.0,
+        "first_token_seconds": 0.25,
         "tokens_per_second": 41.5,
     }
-    return {"choices": [], "usage": usage(prompt, completion, cached), "dsv3": totals}
+    return {"choices": [], "usage": usage(prompt, completion, cached), "dsv3": {"totals": totals}}
+
+
+SKY = [("The", 0.99), (" sky", 0.6), (" is", 0.95), (" blue", 0.1), (".", 0.8), ("\n", 0.97)]
+
+
+def detailed() -> list[Step]:
+    """A whole answer with details: six tokens, 40 of the prompt with 32 cached, 13 of 18 drafts accepted."""
+    return [*token_chunks(SKY), finish(), last_chunk(40, len(SKY), 32, [10, 8], [9, 4])]
 
 
 class Fake:
@@ -150,6 +156,7 @@ class Fake:
 
 class _Handler(BaseHTTPRequestHandler):
     owner: Fake
+    protocol_version = "HTTP/1.1"  # one connection for all files
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -178,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(steps[0], Refuse):
             self._json(steps[0].status, {"error": {"message": steps[0].message}}, steps[0].headers)
             return
-        self._head(200, "text/event-stream", {"Cache-Control": "no-store"})
+        self._head(200, "text/event-stream", {"Cache-Control": "no-store", "Connection": "close"})
         try:
             if self._stream(steps):
                 self.wfile.write(b"data: [DONE]\n\n")
@@ -213,7 +220,57 @@ class _Handler(BaseHTTPRequestHandler):
     def _head(self, status: int, kind: str, headers: dict[str, str]) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Security-Policy", POLICY)
-        for name, value in headers.items():
+        for name, value in {**_PAGE_HEADERS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+@contextmanager
+def opened(browser: Browser, url: str, *, expected: Sequence[str] = (), **context: Any) -> Iterator[Page]:
+    """The page in a context of its own. On leaving, nothing may have gone wrong: no error or warning in the console (a
+    breach of the policy is one), no exception, no dialog, no request to another origin. `expected` lists parts of
+    messages that the test provokes."""
+    problems: list[str] = []
+    with closing(browser.new_context(**{"viewport": {"width": 1180, "height": 800}, **context})) as own:
+        own.set_default_timeout(8000)
+        page = own.new_page()
+        watch(page, url, problems)
+        page.goto(url)
+        page.wait_for_selector("html[data-ready]")
+        yield page
+        page.wait_for_timeout(20)  # what is still on its way to the console
+    assert [text for text in problems if not any(part in text for part in expected)] == []
+
+
+def watch(page: Page, url: str, problems: list[str]) -> None:
+    """Writes into `problems` whatever this page must never do."""
+
+    def dismiss(dialog: Dialog) -> None:
+        problems.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    page.on("console", lambda m: problems.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
+    page.on("dialog", dismiss)
+    page.on("popup", lambda other: problems.append(f"popup: {other.url}"))
+    page.on("request", lambda r: None if r.url.startswith((url, "blob:")) else problems.append(f"request: {r.url}"))
+
+
+def say(page: Page, text: str) -> None:
+    """Sends a message by keyboard and waits for the whole answer."""
+    send(page, text)
+    finished(page)
+
+
+def send(page: Page, text: str) -> None:
+    page.locator("#message").fill(text)
+    page.locator("#message").press("Enter")
+
+
+def finished(page: Page) -> None:
+    page.wait_for_selector(".turn.assistant:last-child:not(.running)")
+
+
+def module(page: Page, name: str, code: str, argument: Any = None) -> Any:
+    """What `code`, a function of (module, argument), returns in the page; the module is a file of dsv3/serve/web."""
+    return page.evaluate(f"async (argument) => ({code})(await import('/{name}'), argument)", argument)

@@ -1,7 +1,8 @@
 // Markdown, first half: lines -> blocks. CommonMark's blocks with GitHub's tables and task lists, and display maths.
 //
 // A block is {type, from, to, ...}: lines [from, to) of the input. Whether a block ends at a line never depends on what
-// follows a later line, so all blocks but the last of a growing text are final (markdown.js streams by that).
+// follows a later line, so all blocks but the last of a growing text are final, and `endsAtBlank` says when the last is
+// too (markdown.js streams by that).
 //   heading {level, text} · rule · code {lang, lines} · maths {tex, open} · quote {blocks}
 //   list {ordered, start, loose, items: [{task, blocks}]} · table {align, head, rows} · paragraph {text}
 // Does not: raw HTML (it stays text), reference links, footnotes. Lenient where models are: a nested list may be
@@ -44,6 +45,12 @@ export function parseBlocks(lines, depth = 0) {
   return blocks;
 }
 
+// A blank line after the last block ends it for good, unless such a block goes on behind blank lines.
+export function endsAtBlank(blocks, lines) {
+  const last = blocks.at(-1);
+  return last !== undefined && last.to < lines.length && last.type !== "list" && !last.indented;
+}
+
 function readBlock(lines, at, depth) {
   for (const read of [code, heading, rule, maths, quote, list, table, indented]) {
     const block = read(lines, at, depth);
@@ -71,7 +78,7 @@ function indented(lines, at) {
   if (indentOf(lines[at]) < 4) return null;
   let end = at;
   for (let i = at; i < lines.length && (blank(lines[i]) || indentOf(lines[i]) >= 4); i++) if (!blank(lines[i])) end = i + 1;
-  return { type: "code", to: end, lang: "", lines: lines.slice(at, end).map((line) => line.slice(4)) };
+  return { type: "code", indented: true, to: end, lang: "", lines: lines.slice(at, end).map((line) => line.slice(4)) };
 }
 
 function heading(lines, at) {

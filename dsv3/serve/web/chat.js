@@ -186,6 +186,7 @@ class Chat {
     };
     const body = { ...(model ? { model } : {}), messages: tree.messagesUpTo(conversation, user.id), ...conversation.sampling };
     const failure = await run.go(body);
+    if (!model) this.models();
     if (this.#runs.get(conversation.id) !== run) return; // deleted meanwhile
     this.#runs.delete(conversation.id);
     this.#finish(run);
@@ -301,6 +302,7 @@ class Chat {
     if (tree.path(this.conversation).length) this.#save(this.conversation);
   }
 
+  // Asked again when an answer was, as long as there are none: the server may have been loading.
   async models() {
     const select = byId("model");
     try {

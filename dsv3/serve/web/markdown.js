@@ -5,7 +5,7 @@
 // not even redrawn, only continued (highlight.js keeps the state at each line's end).
 // The nodes equal those of drawing the whole text at once, whatever the pieces (tested).
 
-import { parseBlocks, splitLines } from "./blocks.js";
+import { endsAtBlank, parseBlocks, splitLines } from "./blocks.js";
 import { copyButton, el } from "./dom.js";
 import { CodeLines, languageName } from "./highlight.js";
 import { inline } from "./inline.js";
@@ -42,21 +42,21 @@ export class Markdown {
     const tail = this.#text.slice(this.#final, whole);
     const lines = splitLines(tail);
     const blocks = parseBlocks(lines);
-    const settled = done ? blocks : blocks.slice(0, -1);
+    const all = done || endsAtBlank(blocks, lines);
+    const settled = all ? blocks : blocks.slice(0, -1);
     if (!settled.length) {
       if (done) this.#close();
       return;
     }
     settled.forEach((block, k) => this.#append(block, k === 0));
-    const next = done ? null : blocks.at(-1).from;
-    this.#final = done ? whole : this.#final + offsetOfLine(tail, next);
+    this.#final = all ? whole : this.#final + offsetOfLine(tail, blocks.at(-1).from);
     if (done) this.#close();
   }
 
   // The first settled block takes the place of the open node; a code block that was being continued stays that node.
   #append(block, first) {
     let node = null;
-    if (first && this.#open?.code && block.type === "code") {
+    if (first && block.type === "code" && this.#open?.code?.lang === block.lang) {
       this.#open.code.set(block);
       node = this.#open.node;
     } else {

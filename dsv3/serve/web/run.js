@@ -77,7 +77,7 @@ export class Run {
     }
     if (choice?.finish_reason) node.finish = choice.finish_reason;
     if (chunk.usage) this.#usage(chunk.usage);
-    if (chunk.dsv3) this.#tokens(chunk.dsv3, !chunk.choices?.length);
+    if (chunk.dsv3) this.#extra(chunk.dsv3);
   }
 
   #usage(usage) {
@@ -88,21 +88,21 @@ export class Run {
     stats.reasoningTokens = usage.completion_tokens_details?.reasoning_tokens;
   }
 
-  #tokens(extra, totals) {
+  // Ours: tokens and drafts since the last chunk; on the last one the totals. `places`: [drafted, accepted] by position.
+  #extra({ tokens = [], drafted = 0, accepted = 0, totals }) {
     const { stats } = this.node;
-    for (const token of extra.tokens ?? []) this.#token(token);
-    if (totals) {
-      stats.drafted = extra.drafted;
-      stats.accepted = extra.accepted;
-      stats.acceptedByPosition = extra.accepted_by_position;
-      stats.draftedByPosition = extra.drafted_by_position;
-      stats.cachedTokens = extra.cached_tokens ?? stats.cachedTokens;
-      stats.seconds = extra.seconds;
-      stats.tokensPerSecond = extra.tokens_per_second;
-    } else {
-      stats.drafted = (stats.drafted ?? 0) + (extra.drafted ?? 0);
-      stats.accepted = (stats.accepted ?? 0) + (extra.accepted ?? 0);
-    }
+    for (const token of tokens) this.#token(token);
+    stats.drafted = (stats.drafted ?? 0) + drafted;
+    stats.accepted = (stats.accepted ?? 0) + accepted;
+    if (!totals) return;
+    stats.drafted = totals.drafted;
+    stats.accepted = totals.accepted;
+    stats.draftedByPosition = totals.places.map(([made]) => made);
+    stats.acceptedByPosition = totals.places.map(([, taken]) => taken);
+    stats.cachedTokens = totals.cached_tokens;
+    stats.seconds = totals.seconds;
+    stats.firstTokenSeconds = totals.first_token_seconds;
+    stats.tokensPerSecond = totals.tokens_per_second;
   }
 
   #token({ text, logprob, top, experts }) {
@@ -134,7 +134,7 @@ export class Run {
     const { tokens, speed } = this.progress();
     stats.completionTokens ??= tokens;
     if (speed !== null) stats.tokensPerSecond ??= speed;
-    if (this.firstToken !== null) stats.firstTokenSeconds = (this.firstToken - this.started) / 1000;
+    if (this.firstToken !== null) stats.firstTokenSeconds ??= (this.firstToken - this.started) / 1000;
     for (const name of Object.keys(stats)) if (stats[name] === undefined || stats[name] === null) delete stats[name];
   }
 }

@@ -8,12 +8,15 @@ import { byId, el } from "./dom.js";
 
 const DEFAULTS = "dsv3.defaults";
 const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, hint: "0 always takes the most probable token" },
-  { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, hint: "Share of probability to draw from" },
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, hint: "0: the most probable, always" },
+  { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, hint: "Probability to draw from" },
+  { name: "top_k", label: "Top k", min: 1, max: 1000000, step: 1, hint: "Tokens to draw from" },
+  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "Least share of the best's" },
   { name: "max_tokens", label: "Most tokens", min: 1, max: 1000000, step: 1, hint: "Length of an answer" },
   { name: "seed", label: "Seed", min: 0, max: 2147483647, step: 1, hint: "The same seed, the same answer" },
-  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, hint: "Against words that came before" },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, hint: "The more, the oftener they came" },
+  { name: "presence_penalty", label: "Presence", min: -2, max: 2, step: 0.1, hint: "Against words of the answer" },
+  { name: "frequency_penalty", label: "Frequency", min: -2, max: 2, step: 0.1, hint: "More, the oftener they came" },
+  { name: "repetition_penalty", label: "Repetition", min: 0.1, max: 2, step: 0.05, hint: "Above 1: against all words so far" },
 ];
 
 // What a new conversation starts with.
