@@ -21,7 +21,8 @@ PRECISIONS = ("bfloat16", "float32", "fp8")
 
 
 def compute_copy(master: DeepseekV3, precision: str) -> DeepseekV3:
-    """A model whose matrices are copies of the master's as wide as they are multiplied; the rest is shared with it.
+    """A model whose matrices are copies of the master's as wide as they are multiplied; the rest is shared with it, and so are
+    weights that are not trained and have that width (under adapters, see model/lora.py).
 
     Args:
         precision: "float32" (the master itself), "bfloat16", or "fp8": FP8 codes beside the shared float32 masters for
@@ -32,14 +33,17 @@ def compute_copy(master: DeepseekV3, precision: str) -> DeepseekV3:
     fp8 = precision == "fp8"
     shared: dict[int, object] = {}
     for path, module in master.named_modules():
-        if isinstance(module, (RMSNorm, Router, nn.Embedding)) or (fp8 and is_swapped(path, module)):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        whole = isinstance(module, (RMSNorm, Router, nn.Embedding)) or (fp8 and is_swapped(path, module))
+        for tensor in module.parameters(recurse=False):
+            if whole or (not tensor.requires_grad and tensor.dtype == torch.bfloat16):
                 shared[id(tensor)] = tensor
+        shared |= {id(tensor): tensor for tensor in module.buffers(recurse=False)}
     twin = copy.deepcopy(master, memo=shared)
     for module in twin.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in shared:
-                setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+                narrow = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=parameter.requires_grad)
+                setattr(module, name, narrow)
     if fp8:
         swap_fp8(twin)
     return twin
@@ -47,10 +51,11 @@ def compute_copy(master: DeepseekV3, precision: str) -> DeepseekV3:
 
 @torch.no_grad()
 def refresh_copy(twin: DeepseekV3, master: DeepseekV3) -> None:
-    """Round the masters into the twin again, after an optimizer step."""
+    """Round the masters that are trained into the twin again, after an optimizer step."""
     for module in fp8_modules(twin):
         module.refresh()
-    pairs = [(t, m) for t, m in zip(twin.parameters(), master.parameters(), strict=True) if t is not m]
+    both = zip(twin.parameters(), master.parameters(), strict=True)
+    pairs = [(t, m) for t, m in both if t is not m and m.requires_grad]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [m for _, m in pairs])
 

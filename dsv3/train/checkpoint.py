@@ -4,6 +4,9 @@
                      training/       float32 masters, optimizer moments (torch.distributed.checkpoint)
                      training.json   step, tokens, loader position, and what the run was started with
 
+Of a model with adapters (model/lora.py) a checkpoint holds these alone, in adapter/, and their masters in training/; only the
+last of the run is a whole model, with the adapters merged into it.
+
 A checkpoint is written under a temporary name, synced, and renamed: what bears a step's name is whole. Only then are older
 ones removed. Does not: decide when to save.
 """
@@ -21,11 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.model.lora import LoraConfig, adapter_state, has_lora, merged_state, save_adapters
 from dsv3.model.transformer import DeepseekV3
-from dsv3.model.weights import save_checkpoint
+from dsv3.model.weights import save_checkpoint, write_config
 from dsv3.train.optim import AdamW
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -49,8 +52,13 @@ def save_training(
     state: Mapping[str, Any],
     *,
     keep_last: int,
+    lora: LoraConfig | None = None,
+    whole: bool = True,
 ) -> Path:
     """Write checkpoint `state["step"]` and remove all but the newest `keep_last`. An existing one of that step stays.
+
+    Args:
+        lora: of a model with adapters. whole: merge them into a whole model beside; without adapters always so.
 
     Raises:
         OSError: the disk is full or unwritable; earlier checkpoints are untouched.
@@ -61,7 +69,7 @@ def save_training(
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_checkpoint(model.state_dict(), model.config, temporary, dtype=torch.bfloat16)
+        _save_model(temporary, model, lora, whole)
         if tokenizer is not None:
             tokenizer.save(temporary)
         with warnings.catch_warnings():
@@ -118,14 +126,27 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
     return lines
 
 
-def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
+def _save_model(folder: Path, model: DeepseekV3, lora: LoraConfig | None, whole: bool) -> None:
+    if lora is None:
+        save_checkpoint(model.state_dict(), model.config, folder, dtype=torch.bfloat16)
+        return
+    if whole:
+        save_checkpoint(merged_state(model), model.config, folder, dtype=torch.bfloat16)
+    else:
+        folder.mkdir(parents=True)
+        write_config(folder, model.config, torch.bfloat16)
+    save_adapters(model, lora, folder / "adapter")
+
+
+def _tensors(model: DeepseekV3, optimizer: AdamW) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}.{key}": value
         for parameter, entry in optimizer.state.items()
         for key, value in entry.items()
     }
-    return {"model": dict(model.state_dict()), "optimizer": moments}
+    held = adapter_state(model) if has_lora(model) else dict(model.state_dict())
+    return {"model": held, "optimizer": moments}
 
 
 def _sync(folder: Path) -> None:

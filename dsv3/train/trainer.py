@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,10 @@ from torch import Tensor
 from dsv3.data.loader import Batch, count_bytes
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
+from dsv3.model.lora import LoraConfig, has_lora
 from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.apply import PRECISIONS, compute_copy, prepare, refresh_copy
+from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.health import HealthMonitor
 from dsv3.train.loss import Losses, Objective, PretrainObjective, RowLoader, Rows, Step
@@ -102,6 +104,11 @@ class Trainer:
 
     Args:
         objective: what a step descends; None: pre-training's. The loader makes the batches that it reads.
+        lora: of the adapters that are on the model; what is not trained must be as wide as `precision` says, or FP8.
+        identity: more that a resumed run must share with the one it continues.
+
+    Raises:
+        ValueError: the model has adapters and lora is None.
     """
 
     def __init__(
@@ -114,9 +121,13 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         held_out: HeldOut | None = None,
         objective: Objective | None = None,
+        lora: LoraConfig | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, Path(folder)
-        self.tokenizer, self.held_out = tokenizer, held_out
+        if has_lora(model) and lora is None:
+            raise ValueError("the model has adapters: give their LoraConfig, or merge them first")
+        self.tokenizer, self.held_out, self.lora = tokenizer, held_out, lora
         self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
         self.device = model.lm_head.weight.device
         self.depth = model.config.num_nextn_predict_layers
@@ -130,6 +141,8 @@ class Trainer:
             "model": model.config.to_hf(),
             "train": config.identity(),
             "tokenizer": tokenizer.fingerprint if tokenizer else None,
+            **({"lora": dataclasses.asdict(lora)} if lora else {}),
+            **(identity or {}),
         }
         self.twin = compute_copy(model, config.precision)
         prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
@@ -276,6 +289,7 @@ class Trainer:
                     self.step_index % self.config.eval_every == 0 or self.step_index == end
                 ):
                     record |= {"heldout_bpb": self.bits_per_byte()}
+                    record |= {"acceptance": self.acceptance()} if self.depth else {}
                 for extra in on_eval:
                     record |= extra(self)
                 log.write(record)
@@ -296,7 +310,14 @@ class Trainer:
             "identity": self.identity,
         }
         return save_training(
-            self.folder, self.model, self.optimizer, self.tokenizer, state, keep_last=self.config.keep_last
+            self.folder,
+            self.model,
+            self.optimizer,
+            self.tokenizer,
+            state,
+            keep_last=self.config.keep_last,
+            lora=self.lora,
+            whole=self.step_index >= self.config.schedule.steps,
         )
 
     def restore(self, checkpoint: Path) -> None:
@@ -331,6 +352,14 @@ class Trainer:
             ).item()
             count += count_bytes(targets, self.held_out.byte_lengths)
         return nats / math.log(2) / count
+
+    def acceptance(self) -> list[float]:
+        """Of each MTP depth, the share of its drafts on held-out text that the main model's greedy choice equals."""
+        assert self.held_out is not None
+        agreement = Agreement(self.depth)
+        for batch in self.held_out.batches:
+            agreement.add(self.twin, batch.tokens.to(self.device))
+        return agreement.shares()
 
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
