@@ -1,5 +1,6 @@
 """What a CUDA device is asked for in one command (`make bench-gpu`, under 9 minutes on an H100): tests marked gpu, every kernel,
-and a training step of a 1.3B-parameter V3 in bfloat16 and in FP8, interleaved. Writes gpu.json and gpu.md.
+a training step of a 1.3B-parameter V3 in bfloat16 and in FP8, interleaved, and its decode step with and without CUDA graphs.
+Writes gpu.json and gpu.md.
 
     python -m bench.gpu [--out runs/gpu] [--small]        --small: a tiny model and shapes, runs on a CPU too
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import torch
 from bench import kernels
 from bench.common import RandomLoader, interleave, machine
 from bench.train_step import MODEL
+from dsv3.infer.graphs import GraphRunner, run_again
+from dsv3.infer.runner import Runner, Segment
 from dsv3.model.transformer import DeepseekV3
 from dsv3.train.metrics import write_atomic
 from dsv3.train.optim import ScheduleConfig
@@ -64,6 +68,37 @@ def training_step(device: str, small: bool) -> dict[str, float]:
     }
 
 
+@torch.inference_mode()
+def decode_step(device: str, small: bool) -> dict[str, float]:
+    """Milliseconds of a decode step, logits on the host included, of several sequences: the model's own forward over gathered
+    pages; rows over pages (dsv3.infer.graphs), started one by one; and recorded as a CUDA graph."""
+    config, context, batches = (MODEL, 64, (1, 2)) if small else (LARGE, 1024, (1, 8, 64))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DeepseekV3(config)
+    model.init_weights()
+    model.bfloat16()
+    each = context // 64 + 1
+    sides: dict[str, Runner] = {"forward": Runner(model, batches[-1] * each + 1, mtp=False)}
+    sides["rows"] = GraphRunner(model, batches[-1] * each + 1, mtp=False, capture=run_again)
+    if device == "cuda":
+        sides["graph"] = GraphRunner(model, batches[-1] * each + 1, mtp=False)
+    found: dict[str, float] = {}
+    for rows in batches:
+        segments = [Segment(list(range(i * each + 1, (i + 1) * each + 1)), context, [i]) for i in range(rows)]
+        calls = {name: functools.partial(run_step, runner, segments) for name, runner in sides.items()}
+        for name, runner in sides.items():
+            runner.store.latents[:, 1:].normal_()
+            calls[name]()  # compiles and records
+        for name, seconds in interleave(calls, 3 if small else 20).items():
+            found[f"decode {rows} x {context}, {name}: ms"] = 1e3 * seconds
+    return found
+
+
+def run_step(runner: Runner, segments: list[Segment]) -> None:
+    runner.logits(runner.forward(segments))  # on the host: it has waited for the device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
@@ -77,13 +112,15 @@ def main() -> None:
     print(tests.stdout[-2000:])
     results = kernels.run(torch.device(device), options.small)
     step = training_step(device, options.small)
+    decode = decode_step(device, options.small)
     content = {
         **machine(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "tests": tests.returncode,
         "kernels": [dataclasses.asdict(r) for r in results], "training step": step,
+        "decode step": decode,
     }  # fmt: skip
     write_atomic(options.out / "gpu.json", json.dumps(content, indent=1).encode())
-    lines = [f"| {name} | {value:,.4g} |" for name, value in step.items()]
-    table = "| training step | |\n|---|---|\n" + "\n".join(lines) + "\n\n" + kernels.markdown(results)
+    lines = [f"| {name} | {value:,.4g} |" for name, value in (step | decode).items()]
+    table = "| step | |\n|---|---|\n" + "\n".join(lines) + "\n\n" + kernels.markdown(results)
     write_atomic(options.out / "gpu.md", table.encode())
     print(table)
 

@@ -4,6 +4,8 @@ the same run.
     products    TFLOP/s; ceiling: the best square bfloat16 product; peer: the same product in bfloat16 by torch
     grouped     the same for 32 experts; peer: dsv3's grouped product in bfloat16
     casts       GB/s read and written; ceiling: a copy
+    pages       absorbed attention of decoding rows over pages: GB/s of the pages read once (goal: 70% of a copy), and TFLOP/s of
+                the same call: with 16 heads a rank the pages decide, with 128 on one device the products do as much
     check       distance to the reference on a slice: 0 for casts, below 1e-3 for products that end in bfloat16
 
 On a CPU, and with --small anywhere, the shapes are a fraction of V3's and the whole takes under a minute.
@@ -17,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from bench.common import machine
 from dsv3.kernels import fp8_gemm, quant
+from dsv3.kernels.attention import PAGE, attend_pages, attend_pages_reference
 from dsv3.kernels.gemm import grouped_linear
 from dsv3.kernels.swiglu import swiglu, swiglu_reference
 from dsv3.train.metrics import measure_peak, write_atomic
@@ -186,22 +189,51 @@ def grouped(bench: Bench, experts: int, rows: int, width: int, columns: int) -> 
     ]  # fmt: skip
 
 
+def latent(bench: Bench, rows: int, context: int, heads: int, rank: int, rope: int) -> list[Result]:
+    """Absorbed attention over pages, each row the last of a sequence of its own whose pages lie in no order."""
+    per_row, width, scale = context // PAGE, rank + rope, (rank + rope) ** -0.5
+    pages = torch.randn(rows * per_row + 1, PAGE, width, device=bench.device).bfloat16()
+    q = torch.randn(rows, heads, width, device=bench.device).bfloat16()
+    tables = (torch.randperm(rows * per_row, device=bench.device) + 1).view(rows, per_row)
+    mine, positions = torch.arange(rows, device=bench.device), torch.full((rows,), context - 1, device=bench.device)
+    calls = (
+        10 if bench.device.type == "cuda" else 1
+    )  # in flight together: starting one takes as long as a part of running it
+
+    def call() -> Tensor:
+        return attend_pages(q, pages, tables, mine, positions, rank, scale)
+
+    wanted = attend_pages_reference(q[:2].float(), pages, tables, mine[:2], positions[:2], rank, scale)
+    error = distance(call()[:2], wanted)
+    seconds = bench.time(lambda: [call() for _ in range(calls)]) / calls
+    read = 2 * (rows * context * width + rows * heads * (width + rank))
+    flops = 2.0 * rows * context * heads * (width + rank)
+    shape, rate = f"{rows} rows of {context}, {heads} heads", read / seconds
+    moved = Result("attend_pages", shape, 1e3 * seconds, rate / 1e9, "GB/s", rate / bench.bandwidth, None, error)
+    rate = flops / seconds
+    return [moved, replace(moved, rate=rate / 1e12, unit="TFLOP/s", of_ceiling=rate / bench.flops)]
+
+
 def run(device: torch.device, small: bool, seconds: float = 0.3) -> list[Result]:
     bench = prepare(device, seconds)
     if small:
         results = casts(bench, 1024, 1024)
         for width, columns in SMALL:
             results += products(bench, 512, width, columns)
-        return results + grouped(bench, 8, 2048, 512, 256)
+        return results + grouped(bench, 8, 2048, 512, 256) + latent(bench, 4, 512, 16, 128, 64)
     results = casts(bench, 4096, 7168) + casts(bench, 32768, 2048)
     for width, columns in SHAPES:
         results += products(bench, 4096, width, columns)
-    return results + grouped(bench, 32, 32768, 7168, 4096) + grouped(bench, 32, 32768, 2048, 7168)
+    results += grouped(bench, 32, 32768, 7168, 4096) + grouped(bench, 32, 32768, 2048, 7168)
+    return results + latent(bench, 64, 8192, 16, 512, 64) + latent(bench, 64, 8192, 128, 512, 64)
 
 
 def limit(result: Result) -> float:
-    """How far a result may be from its reference: casts are exact; SwiGLU and FP8 products end in bfloat16; a weight gradient is
-    compared with the values before their casts, 3.7% each, 5.2% where the rows were cast twice."""
+    """How far a result may be from its reference: casts are exact; SwiGLU and FP8 products end in bfloat16, and attention's weights
+    are bfloat16 too; a weight gradient is compared with the values before their casts, 3.7% each, 5.2% where the rows were cast
+    twice."""
+    if result.kernel == "attend_pages":
+        return 6e-3
     if result.kernel in ("swiglu", "fp8 fprop", "fp8 dgrad", "fp8 grouped fprop"):
         return 4e-3
     return 0.06 if "wgrad" in result.kernel else 0.0

@@ -132,8 +132,7 @@ def attend_pages(
     if use_triton(q, pages, tables, rows, positions) and q.dtype == pages.dtype == torch.bfloat16:
         from dsv3.kernels.triton import attention
 
-        given = [t.contiguous() for t in (q, pages, tables, rows, positions)]
-        return attention.attend_pages(*given, rank, scale, first)
+        return attention.attend_pages(q, pages, tables, rows, positions, rank, scale, first)
     return attend_pages_reference(q, pages, tables, rows, positions, rank, scale, first)
 
 

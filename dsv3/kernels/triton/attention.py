@@ -106,7 +106,9 @@ def attend_pages(
     q: Tensor, pages: Tensor, tables: Tensor, rows: Tensor, positions: Tensor, rank: int, scale: float, first: int,
     split: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """See kernels.attention.attend_pages; all contiguous. split: keys of one, a multiple of 64."""
+    """See kernels.attention.attend_pages. pages must be contiguous. split: keys of one, a multiple of 64."""
+    assert pages.is_contiguous(), pages.stride()
+    q, tables, rows, positions = (t.contiguous() for t in (q, tables, rows, positions))
     (count, heads, width), table_width = q.shape, tables.shape[1]
     fixed, options = sizes(heads, rank, width - rank, split_tokens(heads) if split is None else split)
     most = triton.cdiv(table_width * 64, fixed["SPLIT"])
