@@ -110,6 +110,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(2048)
     except OSError as error:
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
