@@ -232,7 +232,7 @@ def opened(browser: Browser, url: str, *, expected: Sequence[str] = (), **contex
     messages that the test provokes."""
     problems: list[str] = []
     with closing(browser.new_context(**{"viewport": {"width": 1180, "height": 800}, **context})) as own:
-        own.set_default_timeout(8000)
+        own.set_default_timeout(20000)  # of a machine under load
         page = own.new_page()
         watch(page, url, problems)
         page.goto(url)

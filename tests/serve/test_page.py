@@ -163,7 +163,7 @@ def test_an_answer_that_a_reload_cut_off_is_kept_and_says_so(page, fake):
     page.wait_for_selector("text=begun")
     page.reload()
     page.wait_for_selector("html[data-ready]")
-    assert "closed" in page.locator(".turn.assistant .note").inner_text()
+    assert page.locator(".turn.assistant .note").inner_text().startswith("Cut off")
 
 
 def test_an_answer_goes_on_while_another_conversation_is_open(page, fake):
@@ -403,6 +403,12 @@ def test_copying_gives_the_source(browser, fake):
         page.wait_for_function("async () => (await navigator.clipboard.readText()).startsWith('Look:')")
 
 
+AT_END = """() => {
+  const {scrollHeight, scrollTop, clientHeight} = document.querySelector("#thread");
+  return scrollHeight - scrollTop - clientHeight < 2;
+}"""
+
+
 def test_a_reader_who_scrolled_away_is_left_in_peace(page, fake):
     wait = Wait()
     long = "\n\n".join(f"Paragraph {i}" for i in range(60))
@@ -418,9 +424,7 @@ def test_a_reader_who_scrolled_away_is_left_in_peace(page, fake):
     assert page.evaluate("() => document.querySelector('#thread').scrollTop") == before
     page.locator("#to-end").click()
     page.wait_for_selector("#to-end", state="hidden")
-    page.wait_for_function(
-        "() => { const t = document.querySelector('#thread'); return t.scrollHeight - t.scrollTop - t.clientHeight < 2; }"
-    )
+    page.wait_for_function(AT_END)
 
 
 def test_a_long_conversation_lays_out_only_what_is_near(page, fake, tmp_path):
@@ -444,6 +448,7 @@ def test_a_long_conversation_lays_out_only_what_is_near(page, fake, tmp_path):
     shown = """() => [...document.querySelectorAll(".turn .body")]
       .filter((node) => node.checkVisibility({contentVisibilityAuto: true})).length"""
     assert 0 < page.evaluate(shown) < 60
+    page.wait_for_function(AT_END)
     say(page, "on")
     assert len(fake.requests[0]["messages"]) == 301
 
@@ -453,7 +458,11 @@ def test_two_tabs_see_each_others_conversations(page, fake):
     other.goto(fake.url)
     other.wait_for_selector("html[data-ready]")
     say(page, "from the first tab")
-    other.wait_for_selector("#conversations >> text=from the first tab")
+    other.locator("#conversations .open", has_text="from the first tab").click()
+    other.wait_for_selector(".turn.assistant >> text=ok")
+    fake.script.append(text_chunks("more of it"))
+    say(page, "second")
+    other.wait_for_selector(".turn.assistant >> text=more of it")
 
 
 def test_without_storage_the_page_works_and_says_that_nothing_is_kept(browser, fake):

@@ -28,7 +28,7 @@ class Chat {
     wireDialogs();
     this.store = await Store.open();
     byId("storage-note").hidden = this.store.persistent;
-    this.follow = new Follow(byId("thread"), byId("to-end"));
+    this.follow = new Follow(byId("thread"), byId("turns"), byId("to-end"));
     this.panel = new Panel(byId("details-body"));
     this.panel.clear();
     this.settings = new Settings((system, sampling) => this.#set(system, sampling));
@@ -39,7 +39,7 @@ class Chat {
       save: (id) => this.exportFile([id]),
     });
     this.channel = new BroadcastChannel("dsv3");
-    this.channel.onmessage = () => this.#list();
+    this.channel.onmessage = ({ data }) => this.#changedElsewhere(data);
     this.#wire();
     this.models();
     const heads = await this.store.heads();
@@ -81,7 +81,7 @@ class Chat {
     this.#runs.get(id)?.stop();
     this.#runs.delete(id);
     await this.store.remove(id);
-    this.channel.postMessage("changed");
+    this.channel.postMessage(null);
     if (id === this.conversation.id) await this.create();
     await this.#list();
     announce("Deleted");
@@ -97,12 +97,20 @@ class Chat {
     try {
       const conversations = tree.importConversations(await file.text());
       for (const conversation of conversations) await this.store.saveConversation(conversation);
-      this.channel.postMessage("changed");
+      this.channel.postMessage(null);
       if (conversations.length) await this.open(conversations[0].id);
       announce(`Imported ${plural(conversations.length, "conversation")}`);
     } catch (error) {
       this.#tell(`This file was not imported: ${error.message}`);
     }
+  }
+
+  // Another tab kept something: this one shows it too, unless its reader is in the middle of something.
+  async #changedElsewhere(id) {
+    await this.#list();
+    if (id !== this.conversation.id || this.#runs.has(id) || document.querySelector(".editing")) return;
+    const conversation = await this.store.conversation(id);
+    if (conversation) this.#show(conversation, this.follow.following);
   }
 
   async #get(id) {
@@ -113,7 +121,7 @@ class Chat {
   async #save(conversation) {
     try {
       await this.store.saveConversation(conversation);
-      this.channel.postMessage("changed");
+      this.channel.postMessage(this.#runs.has(conversation.id) ? null : conversation.id);
     } catch (error) {
       this.#tell(`This conversation could not be kept: ${error.message}`);
     }

@@ -72,30 +72,35 @@ export function nameTheme(button) {
   button.title = `Colours: ${now}`;
 }
 
-// Keeps the end of a conversation in sight while it grows, unless the reader has scrolled away.
+// Keeps the end of a conversation in sight while it grows, until the reader scrolls up; at the end it follows again.
+// Growth is also what turns gain when they come near and are laid out (content-visibility), so the size is observed.
 export class Follow {
-  constructor(scroller, button) {
+  #top = 0;
+
+  constructor(scroller, content, button) {
     Object.assign(this, { scroller, button, following: true });
     scroller.addEventListener("scroll", () => this.#look(), { passive: true });
+    new ResizeObserver(() => this.grown()).observe(content);
     button.addEventListener("click", () => this.toEnd(true));
   }
 
   #look() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
-    this.following = scrollHeight - scrollTop - clientHeight < NEAR_END;
+    if (scrollHeight - scrollTop - clientHeight < NEAR_END) this.following = true;
+    else if (scrollTop < this.#top - 1) this.following = false;
+    this.#top = scrollTop;
     this.button.hidden = this.following;
   }
 
   grown() {
     if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
-    else this.#look();
   }
 
   toEnd(smoothly = false) {
     this.following = true;
+    this.button.hidden = true;
     const behavior = smoothly && !STILL.matches ? "smooth" : "instant";
     this.scroller.scrollTo({ top: this.scroller.scrollHeight, behavior });
-    this.button.hidden = true;
   }
 }
 

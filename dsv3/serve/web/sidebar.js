@@ -9,6 +9,7 @@ export class Sidebar {
     this.list = byId("conversations");
     this.heads = [];
     this.current = null;
+    this.renaming = false; // the list is not drawn under a field that is being written in
     byId("filter").addEventListener("input", () => this.#draw());
   }
 
@@ -19,6 +20,7 @@ export class Sidebar {
   }
 
   #draw() {
+    if (this.renaming) return;
     const wanted = byId("filter").value.trim().toLowerCase();
     byId("filter").hidden = this.heads.length < 8 && !wanted;
     const found = this.heads.filter((head) => head.title.toLowerCase().includes(wanted));
@@ -50,6 +52,7 @@ export class Sidebar {
     const finish = (keep) => {
       if (over) return;
       over = true;
+      this.renaming = false;
       if (keep && field.value.trim()) this.actions.rename(id, field.value.trim());
       else this.#draw();
     };
@@ -62,6 +65,7 @@ export class Sidebar {
       }
     });
     field.addEventListener("blur", () => finish(true));
+    this.renaming = true;
     row.replaceChildren(field);
     field.focus();
     field.select();

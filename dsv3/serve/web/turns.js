@@ -12,7 +12,7 @@ const ENDINGS = {
   length: "Ended at the token limit.",
   stopped: "Stopped.",
   content_filter: "Ended by the server's filter.",
-  interrupted: "The page was closed while this was written.",
+  interrupted: "Cut off: the page was closed, or another tab is still writing.",
 };
 
 class Turn {
