@@ -6,8 +6,10 @@
                 {question, choices, answer 0-3 or letter[, subject]}
     HumanEval   HumanEval.jsonl.gz: {task_id, prompt, entry_point, canonical_solution, test}
     text        .txt, or jsonl {text}
+    hub:NAME[@CONFIG]:SPLIT    any of them from the Hugging Face hub, by `datasets`: hub:openai/gsm8k@main:test
 
-Nothing is downloaded. A broken line is named, with its number and what is wrong. Does not: build prompts (dsv3.evals.tasks).
+Files are read as they lie; only "hub:" downloads. A broken line is named, with its number and what is wrong.
+Does not: build prompts (dsv3.evals.tasks).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +32,11 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is missing, of another kind or empty, or a line is no object; the line is named.
     """
+    if (named := _hub(path)) is not None:
+        return named
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give the benchmark's own file (nothing is downloaded)")
+        raise ValueError(f"{path} is no file: give the benchmark's own file, or hub:NAME:SPLIT")
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -41,6 +46,37 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{path} holds no records")
     return records
+
+
+def _hub(path: str | Path) -> list[dict[str, Any]] | None:
+    """Records of hub:NAME[@CONFIG]:SPLIT, None if the path is no such name."""
+    if not str(path).startswith("hub:"):
+        return None
+    match = re.fullmatch(r"hub:([^@:]+)(?:@([^:]+))?:([\w\[\]:%-]+)", str(path))
+    if match is None:
+        raise ValueError(
+            f"{path} is no hub data set: write hub:NAME:SPLIT or hub:NAME@CONFIG:SPLIT, as hub:openai/gsm8k@main:test"
+        )
+    import datasets
+
+    records = [dict(row) for row in datasets.load_dataset(match[1], match[2], split=match[3])]
+    if not records:
+        raise ValueError(f"{path} holds no records")
+    return records
+
+
+def beside(path: str | Path, split: str) -> list[str | Path]:
+    """Where another split of the same set usually lies: folder, file of that name, or the hub's."""
+    if str(path).startswith("hub:"):
+        return [str(path).rpartition(":")[0] + f":{split}"]
+    path = Path(path)
+    named = path.with_name(re.sub("test", split, path.name))
+    places = [path.parent / split, *(path.with_name(split + s) for s in (".jsonl", ".parquet")), named]
+    return list(dict.fromkeys(p for p in places if p != path))
+
+
+def exists(path: str | Path) -> bool:
+    return str(path).startswith("hub:") or Path(path).exists()
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,31 +130,31 @@ def read_math(path: str | Path) -> list[dict[str, Any]]:
     """problem, solution, answer, subject of each."""
     from dsv3.evals.conventions import math_gold
 
-    path = Path(path)
-    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    folder = Path(path).is_dir()
+    files = sorted(Path(path).rglob("*.json")) if folder else [path]
     if not files:
         raise ValueError(f"{path} holds no .json file: give MATH's test folder, or a jsonl file")
     found = []
     for file in files:
         for number, record in enumerate(read_records(file), 1):
             need(record, ("problem", "solution"), file, number)
-            subject = record.get("type") or record.get("subject") or (file.parent.name if path.is_dir() else "")
+            subject = record.get("type") or record.get("subject") or (Path(file).parent.name if folder else "")
             answer = record.get("answer") or math_gold(record["solution"])
-            name = record.get("unique_id") or (str(file.relative_to(path)) if path.is_dir() else f"math/{number}")
+            name = record.get("unique_id") or (str(Path(file).relative_to(path)) if folder else f"math/{number}")
             found.append({**record, "answer": answer, "subject": subject, "id": name})
     return found
 
 
 def read_mmlu(path: str | Path) -> list[dict[str, Any]]:
     """question, choices (four), answer (a letter), subject of each."""
-    path = Path(path)
-    files = sorted(path.glob("*.csv")) or sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    here = Path(path)
+    files = sorted(here.glob("*.csv")) or sorted(here.rglob("*.parquet")) if here.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no .csv or .parquet file: give MMLU's test folder, or a file")
     found = []
     for file in files:
-        subject = file.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
-        rows = _csv_rows(file) if file.suffix == ".csv" else read_records(file)
+        subject = Path(file).stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
+        rows = _csv_rows(Path(file)) if str(file).endswith(".csv") else read_records(file)
         for number, record in enumerate(rows, 1):
             need(record, ("question", "choices", "answer"), file, number)
             answer, choices = record["answer"], [str(c) for c in record["choices"]]
@@ -151,11 +187,10 @@ def read_humaneval(path: str | Path) -> list[dict[str, Any]]:
 
 def read_texts(path: str | Path) -> list[str]:
     """Documents: a .txt file is one, a jsonl file one a line."""
-    path = Path(path)
-    if path.suffix == ".txt":
-        if not path.is_file():
+    if str(path).endswith(".txt"):
+        if not Path(path).is_file():
             raise ValueError(f"{path} is no file")
-        texts = [path.read_text(encoding="utf-8")]
+        texts = [Path(path).read_text(encoding="utf-8")]
     else:
         texts = []
         for number, record in enumerate(read_records(path), 1):

@@ -118,7 +118,7 @@ def open_task(
     limit: int | None = None,
     max_tokens: int | None = None,
 ) -> Task:
-    """A task over local files in the benchmark's own format (dsv3.evals.items). Needles have `dsv3.evals.needle.needle_task`.
+    """A task over files in the benchmark's own format, or the hub's (dsv3.evals.items). Needles: `dsv3.evals.needle`.
 
     Args:
         chat: ask as a user, zero-shot; else few-shot text to continue.
@@ -148,16 +148,16 @@ def open_task(
     count = default if shots is None else shots
     if count and name in ("humaneval", "bpb"):
         raise ValueError(f"shots={count}: {name} is zero-shot")
-    return makers[name](Path(path), chat, count, shots_path, limit, max_tokens)
+    return makers[name](path, chat, count, shots_path, limit, max_tokens)
 
 
 def _shots(
-    count: int, given: str | Path | None, near: Sequence[Path], read: Callable[[Path], list[dict[str, Any]]]
+    count: int, given: str | Path | None, near: Sequence[str | Path], read: Callable[[str | Path], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Records to take shots from: the given place, or the first of the usual ones that exists."""
     if not count:
         return []
-    place = Path(given) if given is not None else next((p for p in near if p.exists()), None)
+    place = given if given is not None else next((p for p in near if items.exists(p)), None)
     if place is None:
         raise ValueError(
             f"{count} shots need examples, and none of {', '.join(map(str, near))} exists: give shots_path, or shots=0"
@@ -171,8 +171,15 @@ def _take(records: Sequence[dict[str, Any]], count: int, what: str) -> list[dict
     return list(records[:count])
 
 
-def _settings(name: str, path: Path, chat: bool, shots: int, limit: int | None, reported: str) -> dict[str, Any]:
-    return {"task": name, "file": path.name, "chat": chat, "shots": shots, "limit": limit, "reported": reported}
+def _settings(name: str, path: str | Path, chat: bool, shots: int, limit: int | None, reported: str) -> dict[str, Any]:
+    return {
+        "task": name,
+        "file": str(path) if str(path).startswith("hub:") else Path(path).name,
+        "chat": chat,
+        "shots": shots,
+        "limit": limit,
+        "reported": reported,
+    }
 
 
 # -- MMLU ----------------------------------------------------------------------------------------------------------------
@@ -183,12 +190,10 @@ _MMLU_CHAT = (
 )
 
 
-def _mmlu(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
+def _mmlu(path: str | Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
     records = items.read_mmlu(path)[:limit]
-    sibling = path.with_name(re.sub("test", "dev", path.name))
-    near = [path.parent / "dev", *([sibling] if sibling != path else [])]
     by_subject: dict[str, list[dict[str, Any]]] = {}
-    for record in _shots(shots, given, near, items.read_mmlu):
+    for record in _shots(shots, given, items.beside(path, "dev"), items.read_mmlu):
         by_subject.setdefault(record["subject"], []).append(record)
     made = []
     for number, record in enumerate(records):
@@ -218,9 +223,9 @@ def _mmlu(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max
 # -- mathematics ---------------------------------------------------------------------------------------------------------
 
 
-def _gsm8k(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
+def _gsm8k(path: str | Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
     records = items.read_gsm8k(path)[:limit]
-    examples = _take(_shots(shots, given, [path.with_name("train.jsonl")], items.read_gsm8k), shots, "GSM8K's train")
+    examples = _take(_shots(shots, given, items.beside(path, "train"), items.read_gsm8k), shots, "GSM8K's train")
     head = "".join(f"Question: {e['question']}\nAnswer: {_without_calculator(e['answer'])}\n\n" for e in examples)
     made = [
         Item(
@@ -250,10 +255,9 @@ def _without_calculator(answer: str) -> str:
     return re.sub(r"<<[^>]*>>", "", answer)
 
 
-def _math(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
+def _math(path: str | Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
     records = items.read_math(path)[:limit]
-    near = [path.parent / "train", path.with_name("train.jsonl"), path.with_name(path.name.replace("test", "train"))]
-    examples = _take(_shots(shots, given, [p for p in near if p != path], items.read_math), shots, "MATH's train")
+    examples = _take(_shots(shots, given, items.beside(path, "train"), items.read_math), shots, "MATH's train")
     head = "".join(
         f"Problem:\n{e['problem']}\n\nSolution:\n{e['solution']}\n"
         f"Final Answer: The final answer is ${e['answer']}$. I hope it is correct.\n\n"
@@ -292,7 +296,7 @@ _CODE_CHAT = (
 )
 
 
-def _humaneval(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
+def _humaneval(path: str | Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
     made = [
         Item(
             id=record["task_id"],
@@ -317,7 +321,7 @@ def grade_code(item: Item, text: str, tools: Tools) -> dict[str, bool]:
     return {name: passed[code] for name, code in programs.items()}
 
 
-def _bpb(path: Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
+def _bpb(path: str | Path, chat: bool, shots: int, given: Any, limit: int | None, max_tokens: int | None) -> Task:
     texts = items.read_texts(path)[:limit]
     made = [Item(id=f"bpb/{number}", prompt=text, kind="roll") for number, text in enumerate(texts)]
 

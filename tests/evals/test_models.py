@@ -186,3 +186,19 @@ def test_a_server_that_fails_is_asked_again_and_then_said(monkeypatch):
     ((_, reply),) = model.ask([dataclasses.replace(item, kind="choose", choices=(" a",))], Sampling())
     assert "cannot score" in reply.error
     assert math.isfinite(model.concurrency)
+
+
+def test_our_own_server_gives_what_the_engine_gives():
+    from tests.serve.small import running, small_app, small_engine
+
+    items = [
+        Item(id="g", prompt="once upon a time", max_tokens=8, stop=("zz",)),
+        Item(id="c", prompt="hello", chat=True, max_tokens=8),
+        Item(id="m", prompt="the quick", kind="choose", choices=(" brown fox", " user", " 你好")),
+    ]
+    here = {item.id: reply for item, reply in EngineModel(small_engine()[0]).ask(items, Sampling())}
+    with running(small_app()) as url:
+        there = {item.id: reply for item, reply in ApiModel(f"{url}/v1", "tiny").ask(items, Sampling())}
+    assert [a.text for k in "gc" for a in there[k]] == [a.text for k in "gc" for a in here[k]]
+    assert [s.logprob for s in there["m"]] == pytest.approx([s.logprob for s in here["m"]], abs=1e-4)
+    assert [(s.tokens, s.greedy) for s in there["m"]] == [(s.tokens, s.greedy) for s in here["m"]]

@@ -119,6 +119,23 @@ def test_math_reads_its_folder_and_jsonl(tmp_path):
     assert (chat.id, chat.gold, chat.max_tokens) == ("u/1", "\\frac{1}{2}", 8192)
 
 
+def test_a_hub_is_read_where_it_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return OWN_GSM8K * 2
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = open_task("gsm8k", "hub:openai/gsm8k@main:test")
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
+    assert len(task.items) == 8
+    assert task.settings["file"] == "hub:openai/gsm8k@main:test"
+    with pytest.raises(ValueError, match="write hub:NAME:SPLIT"):
+        open_task("gsm8k", "hub:openai/gsm8k", shots=0)
+
+
 def test_humaneval_runs_what_each_convention_would(tmp_path):
     path = tmp_path / "own.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in OWN_CODE).encode()))
@@ -163,7 +180,7 @@ def test_broken_files_are_named_with_line_and_field(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):
         open_task("gsm8k", path, shots=0)
-    with pytest.raises(ValueError, match="nothing is downloaded"):
+    with pytest.raises(ValueError, match="give the benchmark's own file"):
         open_task("gsm8k", tmp_path / "none.jsonl", shots=0)
     (tmp_path / "x.csv").write_text("q,a,b,c,d\n")
     with pytest.raises(ValueError, match="row 1 has 5 fields"):
