@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 from dsv3.kernels import native
 
 SOURCES = Path(__file__).parent / "decode"
+_PACED = 64  # rows from which a step is long enough to take all threads at any time
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 
 
@@ -111,6 +113,33 @@ class Segment:
     tokens: Sequence[int]
 
 
+class Pace:
+    """Whether all threads or one alone make a step faster now: on a busy machine threads wait for each other's turns.
+
+    Both are timed as they run; the slower one is tried again after 16 steps, 32, ... at most 256. Numbers do not depend on it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = {True: 0.0, False: 0.0}  # a row's, of late, by whether all threads ran; 0: not yet known
+        self._together, self._left, self._wait = True, 0, 8
+
+    def together(self) -> bool:
+        """Whether the next step takes all threads."""
+        self._left -= 1
+        return self._together if self._left >= 0 else not self._together
+
+    def took(self, together: bool, seconds: float) -> None:
+        before = self._seconds[together]
+        self._seconds[together] = (
+            seconds if together != self._together or not before else before + (seconds - before) / 8
+        )
+        if self._left < 0:
+            self._wait = min(2 * self._wait, 256)
+            self._left = self._wait
+        if self._seconds[self._together] > self._seconds[not self._together] > 0:
+            self._together, self._left, self._wait = not self._together, 16, 16
+
+
 class Decoder:
     """A model and a page store, ready to run.
 
@@ -127,6 +156,8 @@ class Decoder:
         self._store = Store(latents.data_ptr(), KINDS[latents.dtype], latents.shape[1])
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._room = (0, 0)  # rows and threads that the memory serves
+        sizes = range(_PACED.bit_length())
+        self._step_paces, self._logits_paces = [Pace() for _ in sizes], [Pace() for _ in sizes]
 
     def step(
         self, segments: Sequence[Segment], *, chosen: Tensor | None = None, counts: Tensor | None = None,
@@ -145,32 +176,36 @@ class Decoder:
             plan += (s.start, len(s.tokens), len(pages))
             tokens += s.tokens
             pages += s.pages
-        rows, threads = len(tokens), torch.get_num_threads()
+        rows = len(tokens)
         flat = (c_long * (len(plan) + rows + len(pages)))(*plan, *tokens, *pages)
         states = torch.empty(rows, self._model.dim)
-        self._reserve(rows, threads)
-        self._library.decode_step(
-            ctypes.byref(self._model), ctypes.byref(self._store), flat, c_long(len(segments)), c_long(rows),
-            c_long(mtp), _at(previous), _at(states), _at(chosen), _at(counts), _at(self._memory), c_int(threads),
+        self._call(
+            self._step_paces, rows, self._library.decode_step, ctypes.byref(self._model), ctypes.byref(self._store), flat,
+            c_long(len(segments)), c_long(rows), c_long(mtp), _at(previous), _at(states), _at(chosen), _at(counts),
         )  # fmt: skip
         return states
 
     def logits(self, states: Tensor) -> Tensor:
         """states (n, D) float32 -> (n, V) float32."""
-        rows, threads = len(states), torch.get_num_threads()
+        rows = len(states)
         out = torch.empty(rows, self._model.head.rows)
-        if rows:
-            self._reserve(rows, threads)
-            self._library.decode_logits(
-                ctypes.byref(self._model), _at(states), c_long(rows), _at(out), _at(self._memory), c_int(threads)
-            )
+        model = ctypes.byref(self._model)
+        self._call(self._logits_paces, rows, self._library.decode_logits, model, _at(states), c_long(rows), _at(out))
         return out
 
-    def _reserve(self, rows: int, threads: int) -> None:
-        if rows <= self._room[0] and threads == self._room[1]:
+    def _call(self, paces: list[Pace], rows: int, function: Callable[..., None], *arguments: object) -> None:
+        threads = torch.get_num_threads()
+        if not rows:
             return
-        size = self._library.decode_bytes(ctypes.byref(self._model), c_long(rows), c_int(threads))
-        self._memory, self._room = torch.empty(size + 64, dtype=torch.uint8), (rows, threads)
+        if rows > self._room[0] or threads != self._room[1]:
+            size = self._library.decode_bytes(ctypes.byref(self._model), c_long(rows), c_int(threads))
+            self._memory, self._room = torch.empty(size + 64, dtype=torch.uint8), (rows, threads)
+        pace = paces[rows.bit_length() - 1] if threads > 1 and rows < _PACED else None
+        together = pace is None or pace.together()
+        start = time.perf_counter()
+        function(*arguments, _at(self._memory), c_int(threads if together else 1))
+        if pace is not None:
+            pace.took(together, (time.perf_counter() - start) / rows)
 
 
 def _at(x: Tensor | None) -> c_void_p:

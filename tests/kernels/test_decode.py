@@ -8,7 +8,7 @@ import torch
 from dsv3.infer import native
 from dsv3.infer.pages import PageStore
 from dsv3.kernels import decode
-from dsv3.kernels.decode import Decoder, Segment
+from dsv3.kernels.decode import Decoder, Pace, Segment
 from dsv3.kernels.quant import cast_blocks
 from dsv3.model.config import ModelConfig, YarnConfig
 from dsv3.model.stored import StoredExperts, StoredLinear, keep_fp8
@@ -227,3 +227,33 @@ def test_no_compiler_no_library(monkeypatch, recwarn):
     monkeypatch.setattr(decode.native.shutil, "which", lambda name: None)
     assert decode.library.__wrapped__() is None
     assert "generation runs several times slower" in str(recwarn.pop().message)
+
+
+def test_a_step_takes_the_threads_that_make_it_faster():
+    pace, quiet, busy = Pace(), {True: 0.6, False: 1.0}, {True: 9.0, False: 2.0}
+
+    def run(seconds: dict[bool, float], steps: int) -> list[bool]:
+        taken = []
+        for _ in range(steps):
+            taken.append(pace.together())
+            pace.took(taken[-1], seconds[taken[-1]])
+        return taken
+
+    first = run(quiet, 1000)
+    assert first.count(False) < 12, "one thread alone is tried now and then"
+    assert False in first[:64]
+    loaded = run(busy, 1000)
+    assert loaded.count(True) < 30, "threads that wait for each other are soon given up"
+    assert run(quiet, 300)[-16:] == [True] * 16, "and taken again when they are faster"
+
+
+@torch.inference_mode()
+def test_numbers_do_not_depend_on_pace(monkeypatch):
+    model = random_model()
+    got = []
+    for together in (True, False):
+        monkeypatch.setattr(Pace, "together", lambda self, together=together: together)
+        pages = Pages(model)
+        states = pages.step(Segment([1], 0, [1, 2, 3]), Segment([2], 0, [4]))
+        got.append(torch.cat((states, pages.decoder.logits(states)), 1))
+    assert torch.equal(*got)

@@ -82,15 +82,15 @@ long decode_bytes(const Model *m, long rows, int threads) {
     return a.used;
 }
 
-/* The next of a phase's units for this thread, [*from, result). Few rows wait for memory, which likes long runs; many rows
-   make each unit long enough. */
-static long claim_run(Self *self, long rows, long units, long *from) {
-    const long each = rows > 4 ? 1 : units / (self->worker.team->size * 6) + 1;
+/* The next of a phase's units for this thread, [*from, result). Few rows wait for memory, which likes long runs, and a run's next
+   strip is fetched ahead into the core that will want it; many rows make each unit long enough. */
+static long claim_run(Self *self, long rows, long units, long runs, long *from) {
+    const long many = self->worker.team->size * runs, each = rows > 32 ? 1 : (units + many - 1) / many;
     *from = claim(&self->worker) * each;
     return least(*from + each, units);
 }
 #define EACH(i, units) \
-    for (long i, end_; end_ = claim_run(self, s->rows, units, &i), i < (units);) \
+    for (long i, end_; end_ = claim_run(self, s->rows, units, 6, &i), i < (units);) \
         for (; i < end_; i++)
 
 /* -- phases -------------------------------------------------------------------------------------------------------------- */
@@ -288,13 +288,16 @@ static void feed_forward(const Step *s, Self *self, const Layer *layer, long moe
             for (long e = 0; e < m->experts; e++) s->counts[moe * m->experts + e] += self->offsets[e + 1] - self->offsets[e];
         meet(&self->worker);
     }
-    EACH (i, (m->dim + STRIP - 1) / STRIP) {
-        if (layer->mlp.down.at) down_strip(&layer->mlp.down, i * STRIP, N, s->shared, NULL, 1, self->panel, s->x);
+    const long all = (m->dim + STRIP - 1) / STRIP;
+    for (long i, end; end = claim_run(self, N, all, 2, &i), i < all;) {
+        if (layer->mlp.down.at)
+            for (long j = i; j < end; j++) down_strip(&layer->mlp.down, j * STRIP, N, s->shared, NULL, 1, self->panel, s->x);
         for (long u = 0; u < self->used; u++) {
             const long e = self->experts[u], from = self->offsets[e];
             const Matrix down = of_expert(&layer->experts.down, e);
-            down_strip(&down, i * STRIP, self->offsets[e + 1] - from, s->act + from * down.width, self->copies + from, K,
-                       self->panel, s->x);
+            for (long j = i; j < end; j++)
+                down_strip(&down, j * STRIP, self->offsets[e + 1] - from, s->act + from * down.width, self->copies + from, K,
+                           self->panel, s->x);
         }
     }
     meet(&self->worker);

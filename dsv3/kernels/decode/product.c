@@ -19,7 +19,7 @@ INLINE vf weight_tail(int kind, const char *w, long K, vf scale) { /* the same w
 /* Sums of R rows with O outputs, lanes not yet folded: a[r * O + o]. */
 INLINE void tile(const int kind, const int R, const int O, const char *const *w, const float *const *scales, long K,
                  const float *const *x, vf *a) {
-    const long size = size_of(kind), ahead = STRIP * K * size, whole = K / LANES * LANES, block = kind == FP8 ? BLOCK : whole;
+    const long size = size_of(kind), ahead = 8 * K * size, whole = K / LANES * LANES, block = kind == FP8 ? BLOCK : whole;
     vf s[8], xs[4]; /* of fixed sizes: arrays as long as an argument stay in memory */
     UNROLL for (int i = 0; i < R * O; i++) a[i] = splat(0);
     UNROLL for (int o = 0; o < O; o++) s[o] = splat(0);
@@ -64,8 +64,7 @@ INLINE void strip_as(const int kind, const int R, const Matrix *m, long first, c
     vf a[STRIP];
     float t[STRIP];
     if (R == 1) { /* sixteen streams at once would need more addresses than there are registers */
-        tile(kind, 1, STRIP / 2, w, scales, m->width, x, a);
-        tile(kind, 1, STRIP / 2, w + STRIP / 2, scales + STRIP / 2, m->width, x, a + STRIP / 2);
+        UNROLL for (int o = 0; o < STRIP; o += 4) tile(kind, 1, 4, w + o, scales + o, m->width, x, a + o);
         fold_all(a, y[0]);
         return;
     }
