@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             if not self._allowed():
                 return
-            self._json(200, {"object": "list", "data": [{"id": "dsv3-tiny"}, {"id": "dsv3-mini"}]})
+            self._json(200, {"object": "list", "data": [{"id": "dsv3-tiny", "max_model_len": 1000}, {"id": "dsv3-mini"}]})
             return
         path = WEB / ("index.html" if self.path == "/" else self.path.lstrip("/"))
         if path.parent != WEB or not path.is_file():

@@ -292,7 +292,7 @@ def test_the_panel_shows_the_numbers_of_the_stream(page, fake):
     )
     page.get_by_label("Details of this answer").click()
     numbers = page.locator("#details .numbers").inner_text()
-    for words in ("6 tokens", "41.5 tokens/s", "2.0 s", "0.3 s", "40 tokens", "32 tokens, 80%"):
+    for words in ("6 tokens", "41.5 tokens/s", "2.0 s", "First token", "40 tokens", "32 tokens, 80%", "4.6% of 1,000"):
         assert words in numbers
     drafts = page.locator("#details section").first.inner_text()
     assert "72%, 13 of 18" in drafts

@@ -77,7 +77,8 @@ function code(lines, at) {
 function indented(lines, at) {
   if (indentOf(lines[at]) < 4) return null;
   let end = at;
-  for (let i = at; i < lines.length && (blank(lines[i]) || indentOf(lines[i]) >= 4); i++) if (!blank(lines[i])) end = i + 1;
+  for (let i = at; i < lines.length && (blank(lines[i]) || indentOf(lines[i]) >= 4); i++)
+    if (!blank(lines[i])) end = i + 1;
   return { type: "code", indented: true, to: end, lang: "", lines: lines.slice(at, end).map((line) => line.slice(4)) };
 }
 
@@ -86,7 +87,8 @@ function heading(lines, at) {
   if (!match) return null;
   let text = lines[at].slice(match[0].length).trim();
   const closing = /#+$/.exec(text);
-  if (closing && (closing.index === 0 || text[closing.index - 1] === " ")) text = text.slice(0, closing.index).trimEnd();
+  if (closing && (closing.index === 0 || text[closing.index - 1] === " "))
+    text = text.slice(0, closing.index).trimEnd();
   return { type: "heading", to: at + 1, level: match[1].length, text };
 }
 
@@ -189,7 +191,10 @@ function itemBody(lines, at, head) {
 }
 
 function cells(line) {
-  const parts = line.trim().replace(/^\|/, "").split(/(?<!\\)\|/);
+  const parts = line
+    .trim()
+    .replace(/^\|/, "")
+    .split(/(?<!\\)\|/);
   if (parts.length > 1 && blank(parts.at(-1))) parts.pop();
   return parts.map((part) => part.trim().replaceAll("\\|", "|"));
 }
@@ -230,10 +235,21 @@ function paragraph(lines, at) {
   for (; i < lines.length && !blank(lines[i]); i++) {
     const under = SETEXT.exec(lines[i]);
     if (under) {
-      const text = lines.slice(at, i).map((line) => line.trim()).join("\n");
+      const text = lines
+        .slice(at, i)
+        .map((line) => line.trim())
+        .join("\n");
       return { type: "heading", to: i + 1, level: under[1][0] === "=" ? 1 : 2, text };
     }
     if (interrupts(lines, i)) break;
   }
-  return { type: "paragraph", to: i, text: lines.slice(at, i).map((line) => line.trimStart()).join("\n").trimEnd() };
+  return {
+    type: "paragraph",
+    to: i,
+    text: lines
+      .slice(at, i)
+      .map((line) => line.trimStart())
+      .join("\n")
+      .trimEnd(),
+  };
 }

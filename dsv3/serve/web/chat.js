@@ -5,7 +5,7 @@
 // A drawing is asked for by each chunk and done once a frame, less often when it gets slow.
 
 import { listModels } from "./api.js";
-import { announce, byId, el, plural } from "./dom.js";
+import { announce, byId, el, plural, rate } from "./dom.js";
 import { Drawer, Follow, confirmed, cycleTheme, drawIcons, nameTheme, wireDialogs, wireShortcuts } from "./layout.js";
 import { Panel } from "./panel.js";
 import { Run, emptyDetails } from "./run.js";
@@ -22,6 +22,8 @@ const OPEN = "dsv3.open"; // the conversation of this tab
 class Chat {
   #runs = new Map(); // conversation id -> Run
   #views = new Map(); // turn id -> view
+  #details = new Map(); // turn id -> details that are not in the store yet
+  #limits = new Map(); // model -> tokens of its context
 
   async start() {
     drawIcons();
@@ -90,7 +92,10 @@ class Chat {
   async exportFile(ids) {
     const conversations = await Promise.all(ids.map((id) => this.#get(id)));
     if (!conversations.length) return announce("There is no conversation to export");
-    download(`dsv3-conversations-${new Date().toISOString().slice(0, 10)}.json`, tree.exportConversations(conversations));
+    download(
+      `dsv3-conversations-${new Date().toISOString().slice(0, 10)}.json`,
+      tree.exportConversations(conversations),
+    );
   }
 
   async importFile(file) {
@@ -180,7 +185,7 @@ class Chat {
     const { conversation } = this;
     const node = tree.addTurn(conversation, user.id, "assistant", "");
     const model = byId("model").value;
-    const run = new Run(conversation, node, model);
+    const run = new Run(conversation, node, model, this.#limits.get(model));
     this.#runs.set(conversation.id, run);
     this.#show(conversation);
     this.#save(conversation);
@@ -192,21 +197,40 @@ class Chat {
       saved = performance.now();
       this.store.saveConversation(conversation).catch(() => {}); // said at the end, if it still fails
     };
-    const body = { ...(model ? { model } : {}), messages: tree.messagesUpTo(conversation, user.id), ...conversation.sampling };
+    const body = {
+      ...(model ? { model } : {}),
+      messages: tree.messagesUpTo(conversation, user.id),
+      ...conversation.sampling,
+    };
     const failure = await run.go(body);
     if (!model) this.models();
     if (this.#runs.get(conversation.id) !== run) return; // deleted meanwhile
     this.#runs.delete(conversation.id);
+    this.#details.set(node.id, run.details);
     this.#finish(run);
     if (failure?.status === 401) this.settings.open(this.conversation, "The server wants an API key.");
     await this.#save(conversation);
-    if (run.details.tokens.length) await this.store.saveDetails(run.details).catch((error) => this.#tell(`Details were not kept: ${error.message}`));
+    await this.#saveDetails(run.details);
+  }
+
+  async #saveDetails(details) {
+    try {
+      if (details.tokens.length) await this.store.saveDetails(details);
+      this.#details.delete(details.id);
+    } catch (error) {
+      this.#tell(`The details of this answer last only until the page is left: ${error.message}`);
+    }
   }
 
   #finish(run) {
     this.#drawNow(run);
     const { node } = run;
-    const words = node.finish === "error" ? `Error: ${node.error}` : node.finish === "stopped" ? "Stopped." : "The answer is complete:";
+    const words =
+      node.finish === "error"
+        ? `Error: ${node.error}`
+        : node.finish === "stopped"
+          ? "Stopped."
+          : "The answer is complete:";
     announce(node.finish === "error" ? words : `${words} ${plural(node.stats.completionTokens ?? 0, "token")}.`);
     this.#buttons();
   }
@@ -226,7 +250,10 @@ class Chat {
     const kept = this.#views;
     this.#views = new Map();
     for (const node of tree.path(conversation)) {
-      const view = node.role === "user" ? new UserTurn(conversation, node, actions) : new AssistantTurn(conversation, node, actions, run?.node === node);
+      const view =
+        node.role === "user"
+          ? new UserTurn(conversation, node, actions)
+          : new AssistantTurn(conversation, node, actions, run?.node === node);
       this.#views.set(node.id, view);
     }
     kept.clear();
@@ -272,7 +299,8 @@ class Chat {
     const from = performance.now();
     this.#views.get(run.node.id)?.update(!run.done);
     const { tokens, speed, waiting } = run.progress();
-    byId("speed").textContent = waiting ? "Waiting for the first token" : `${plural(tokens, "token")}${speed ? ` · ${speed.toFixed(1)} tokens/s` : ""}`;
+    const words = `${plural(tokens, "token")}${speed ? ` · ${rate(speed)}` : ""}`;
+    byId("speed").textContent = waiting ? "Waiting for the first token" : words;
     this.follow.grown();
     run.cost = performance.now() - from;
     const due = run.done || from - (run.panelDrawn ?? 0) > PANEL_EVERY;
@@ -296,11 +324,12 @@ class Chat {
 
   async #panelFor(node) {
     if (!this.panelDrawer.open) return;
+    this.asked = node;
     if (!node) return this.panel.clear();
     const run = this.#runs.get(this.conversation.id);
-    const live = run?.node === node ? run.details : null;
+    const live = run?.node === node ? run.details : this.#details.get(node.id);
     const details = live ?? (await this.store.details(node.id)) ?? emptyDetails(node, this.conversation);
-    this.panel.show(node, details);
+    if (this.asked === node) this.panel.show(node, details);
   }
 
   // ---- the frame
@@ -316,8 +345,13 @@ class Chat {
     try {
       const models = await listModels();
       select.replaceChildren(...models.map(({ id }) => el("option", { value: id }, id)));
+      for (const { id, max_model_len: limit } of models) this.#limits.set(id, limit);
     } catch (error) {
-      if (error.status === 401) this.settings.open(this.conversation ?? tree.createConversation(loadDefaults()), "The server wants an API key.");
+      if (error.status === 401)
+        this.settings.open(
+          this.conversation ?? tree.createConversation(loadDefaults()),
+          "The server wants an API key.",
+        );
       else this.#tell(error.message);
     }
     select.hidden = select.options.length === 0;
@@ -338,9 +372,15 @@ class Chat {
   #wire() {
     const field = byId("message");
     this.drawer = new Drawer(byId("sidebar"), byId("open-sidebar"), byId("close-sidebar"), byId("new"));
-    this.panelDrawer = new Drawer(byId("details"), byId("toggle-details"), byId("close-details"), byId("details-title"), (open) => {
-      if (open) this.#panelFor(this.#lastAnswer());
-    });
+    this.panelDrawer = new Drawer(
+      byId("details"),
+      byId("toggle-details"),
+      byId("close-details"),
+      byId("details-title"),
+      (open) => {
+        if (open) this.#panelFor(this.#lastAnswer());
+      },
+    );
     byId("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.send();
@@ -356,7 +396,9 @@ class Chat {
     byId("open-settings").addEventListener("click", () => this.settings.open(this.conversation));
     byId("settings").addEventListener("close", () => byId("model").options.length || this.models());
     byId("open-shortcuts").addEventListener("click", () => byId("shortcuts").showModal());
-    byId("export-all").addEventListener("click", async () => this.exportFile((await this.store.heads()).map(({ id }) => id)));
+    byId("export-all").addEventListener("click", async () =>
+      this.exportFile((await this.store.heads()).map(({ id }) => id)),
+    );
     byId("import").addEventListener("click", () => byId("import-file").click());
     byId("import-file").addEventListener("change", async (event) => {
       const [file] = event.target.files;

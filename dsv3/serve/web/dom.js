@@ -48,7 +48,11 @@ const ICONS = {
 
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
-  for (const [key, value] of [["viewBox", "0 0 20 20"], ["class", "icon"], ["aria-hidden", "true"]]) {
+  for (const [key, value] of [
+    ["viewBox", "0 0 20 20"],
+    ["class", "icon"],
+    ["aria-hidden", "true"],
+  ]) {
     svg.setAttribute(key, value);
   }
   const path = document.createElementNS(SVG, "path");
@@ -106,4 +110,10 @@ export function copyButton(label, getText) {
 
 export const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}%`;
 export const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-export const seconds = (s) => (s < 0.05 ? "under 0.1 s" : s < 60 ? `${s < 10 ? s.toFixed(1) : Math.round(s)} s` : `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`);
+export const rate = (r) => `${r < 100 ? r.toFixed(1) : Math.round(r).toLocaleString("en")} tokens/s`;
+
+export function seconds(s) {
+  if (s < 0.05) return "under 0.1 s";
+  if (s < 59.5) return `${s < 9.95 ? s.toFixed(1) : Math.round(s)} s`;
+  return `${Math.floor(Math.round(s) / 60)} min ${Math.round(s) % 60} s`;
+}

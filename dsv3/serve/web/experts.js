@@ -1,7 +1,7 @@
 // The experts of an answer: two maps of layer by expert, one for the chosen token, one for the whole answer.
 //
 // Counts are of routed experts; a row is an MoE layer, the first on top. In the whole answer's map a cell is as strong
-// as the square of its share of the busiest expert of its layer. What the maps show is also there as text, for those who see no map.
+// as the square of its share of the busiest expert of its layer. What the maps show is also there as text.
 
 import { el, percent, plural } from "./dom.js";
 
@@ -27,7 +27,15 @@ export class ExpertMaps {
       this.tokenMap,
       el("h4", {}, "Whole answer"),
       this.answerMap,
-      el("details", {}, el("summary", {}, "As text"), el("h4", {}, "This token"), this.tokenWords, el("h4", {}, "Whole answer"), this.answerWords),
+      el(
+        "details",
+        {},
+        el("summary", {}, "As text"),
+        el("h4", {}, "This token"),
+        this.tokenWords,
+        el("h4", {}, "Whole answer"),
+        this.answerWords,
+      ),
     );
     for (const map of [this.tokenMap, this.answerMap]) {
       map.addEventListener("pointermove", (event) => this.#point(map, event));
@@ -72,7 +80,8 @@ export class ExpertMaps {
 
   #describe() {
     const { layers, width } = this.details;
-    this.caption.textContent = `${plural(layers, "MoE layer")} from top to bottom, ${this.#total()} experts from left to right; a token goes to ${width}.`;
+    const down = `${plural(layers, "MoE layer")} from top to bottom`;
+    this.caption.textContent = `${down}, ${this.#total()} experts from left to right; a token goes to ${width}.`;
   }
 
   #drawToken() {
@@ -85,7 +94,9 @@ export class ExpertMaps {
       lines[Math.floor(k / width)].push(expert);
     });
     paint(this.tokenMap, cells, layers, this.#total());
-    this.tokenWords.textContent = lines.map((line, k) => `Layer ${k + 1}: ${line.sort((a, b) => a - b).join(", ") || "none"}.`).join(" ");
+    this.tokenWords.textContent = lines
+      .map((line, k) => `Layer ${k + 1}: ${line.sort((a, b) => a - b).join(", ") || "none"}.`)
+      .join(" ");
   }
 
   #drawAnswer() {

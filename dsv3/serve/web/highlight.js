@@ -15,7 +15,10 @@ const SINGLE = [/'(?:[^'\\]|\\.)*'?/y, "string"];
 const WORD = [/[A-Za-z_$][\w$]*/y, null];
 const CALL = [/[A-Za-z_$][\w$]*(?=\()/y, "call"];
 
-const keywords = (words, cls = "keyword") => [new RegExp(`(?:${words.trim().split(/\s+/).join("|")})(?![\\w$])`, "y"), cls];
+const keywords = (words, cls = "keyword") => [
+  new RegExp(`(?:${words.trim().split(/\s+/).join("|")})(?![\\w$])`, "y"),
+  cls,
+];
 
 const PYTHON = {
   start: [
@@ -28,28 +31,45 @@ const PYTHON = {
     keywords(`and as assert async await break case class continue def del elif else except finally for from global if
       import in is lambda match nonlocal not or pass raise return try while with yield`),
     keywords("True False None self cls", "constant"),
-    CALL, WORD, NUMBER,
+    CALL,
+    WORD,
+    NUMBER,
   ],
-  "triple-double": [[/"""/y, "string", "start"], [/[^"\\]+|\\.|./y, "string"]],
-  "triple-single": [[/'''/y, "string", "start"], [/[^'\\]+|\\.|./y, "string"]],
+  "triple-double": [
+    [/"""/y, "string", "start"],
+    [/[^"\\]+|\\.|./y, "string"],
+  ],
+  "triple-single": [
+    [/'''/y, "string", "start"],
+    [/[^'\\]+|\\.|./y, "string"],
+  ],
 };
 
-const BLOCK_COMMENT = [[/\*\//y, "comment", "start"], [/[^*]+|./y, "comment"]];
+const BLOCK_COMMENT = [
+  [/\*\//y, "comment", "start"],
+  [/[^*]+|./y, "comment"],
+];
 
 const JAVASCRIPT = {
   start: [
     [/\/\/.*/y, "comment"],
     [/\/\*/y, "comment", "comment"],
     [/`/y, "string", "template"],
-    DOUBLE, SINGLE,
+    DOUBLE,
+    SINGLE,
     keywords(`abstract as async await break case catch class const continue debugger default delete do else enum export
       extends finally for from function get if implements import in instanceof interface let new of private protected
       public readonly return set static super switch throw try type typeof var void while with yield`),
     keywords("true false null undefined this NaN Infinity", "constant"),
-    CALL, WORD, NUMBER,
+    CALL,
+    WORD,
+    NUMBER,
   ],
   comment: BLOCK_COMMENT,
-  template: [[/`/y, "string", "start"], [/[^`\\]+|\\.|./y, "string"]],
+  template: [
+    [/`/y, "string", "start"],
+    [/[^`\\]+|\\.|./y, "string"],
+  ],
 };
 
 const C = {
@@ -57,14 +77,17 @@ const C = {
     [/\/\/.*/y, "comment"],
     [/\/\*/y, "comment", "comment"],
     [/#\s*(?:include|define|if|ifdef|ifndef|else|elif|endif|pragma|undef|error)\b.*/y, "call"],
-    DOUBLE, SINGLE,
+    DOUBLE,
+    SINGLE,
     keywords(`alignas auto bool break case catch char class const constexpr continue default defer delete do double else
       enum explicit export extern final float fn for func go goto if impl import inline int interface let long match mod
       mut namespace new operator override package private protected pub public register return select short signed
       sizeof static struct super switch template this throw trait try type typedef typename union unsafe unsigned use
       using var virtual void volatile where while`),
     keywords("true false null nullptr NULL nil self Self", "constant"),
-    CALL, WORD, NUMBER,
+    CALL,
+    WORD,
+    NUMBER,
   ],
   comment: BLOCK_COMMENT,
 };
@@ -101,7 +124,10 @@ const HTML = {
     [/[^<&]+/y, null],
   ],
   tag: [[/\/?>/y, "keyword", "start"], DOUBLE, SINGLE, [/[A-Za-z_:@][\w:.-]*/y, "call"]],
-  comment: [[/-->/y, "comment", "start"], [/[^-]+|./y, "comment"]],
+  comment: [
+    [/-->/y, "comment", "start"],
+    [/[^-]+|./y, "comment"],
+  ],
 };
 
 const GENERIC = {
@@ -110,7 +136,9 @@ const GENERIC = {
     [/\/\*/y, "comment", "comment"],
     DOUBLE,
     [/'(?:[^'\\]|\\.)*'/y, "string"],
-    CALL, WORD, NUMBER,
+    CALL,
+    WORD,
+    NUMBER,
   ],
   comment: BLOCK_COMMENT,
 };
@@ -124,10 +152,14 @@ for (const [names, grammar, label] of [
   ["typescript ts tsx", JAVASCRIPT, "TypeScript"],
   ["c h", C, "C"],
   ["cpp c++ cc cxx hpp cuda cu", C, "C++"],
-  ["java", C, "Java"], ["go golang", C, "Go"], ["rust rs", C, "Rust"], ["csharp cs c#", C, "C#"],
+  ["java", C, "Java"],
+  ["go golang", C, "Go"],
+  ["rust rs", C, "Rust"],
+  ["csharp cs c#", C, "C#"],
   ["json jsonc json5 jsonl", JSON_LANGUAGE, "JSON"],
   ["shell sh bash zsh console shell-session", SHELL, "Shell"],
-  ["html htm", HTML, "HTML"], ["xml svg", HTML, "XML"],
+  ["html htm", HTML, "HTML"],
+  ["xml svg", HTML, "XML"],
   ["text txt plain plaintext", PLAIN, "Text"],
 ]) {
   for (const name of names.split(" ")) LANGUAGES.set(name, { grammar, label });

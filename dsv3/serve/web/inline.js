@@ -3,7 +3,7 @@
 //
 // Safe by construction: nodes come from createElement, text from text nodes. Of HTML only <br> is known; the rest stays
 // visible text. A link is made for http, https and mailto alone. Images are never loaded (a model could send what it
-// knows to any server through an address): they become links. Every search is bounded, so hostile text costs linear time.
+// knows to any server through an address): they become links. Every search is bounded: hostile text costs no more.
 
 import { el } from "./dom.js";
 import { mathsNode } from "./maths.js";
@@ -16,8 +16,22 @@ const ANGLE_LINK = /^<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/i;
 const ADDRESS = /^https?:\/\/[^\s<>"'`]{1,2000}/;
 const ENTITY = /^&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([a-zA-Z]{2,8}));/;
 const ENTITIES = {
-  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", hellip: "…", mdash: "—", ndash: "–",
-  times: "×", rarr: "→", larr: "←", le: "≤", ge: "≥", ne: "≠",
+  amp: "&",
+  lt: "<",
+  gt: ">",
+  quot: '"',
+  apos: "'",
+  nbsp: "\u00a0",
+  copy: "©",
+  hellip: "…",
+  mdash: "—",
+  ndash: "–",
+  times: "×",
+  rarr: "→",
+  larr: "←",
+  le: "≤",
+  ge: "≥",
+  ne: "≠",
 };
 const MAX_DEPTH = 8;
 const MAX_WRAPS = 12;
@@ -201,7 +215,14 @@ class Inline {
     if (!match) return false;
     const code = match[1] ? Number(match[1]) : match[2] ? Number.parseInt(match[2], 16) : null;
     const valid = code !== null && code > 31 && code <= 0x10ffff && !(code >= 0xd800 && code <= 0xdfff);
-    const text = code === null ? (Object.hasOwn(ENTITIES, match[3]) ? ENTITIES[match[3]] : null) : valid ? String.fromCodePoint(code) : null;
+    const text =
+      code === null
+        ? Object.hasOwn(ENTITIES, match[3])
+          ? ENTITIES[match[3]]
+          : null
+        : valid
+          ? String.fromCodePoint(code)
+          : null;
     if (text === null) return false;
     this.plain += text;
     this.at += match[0].length;

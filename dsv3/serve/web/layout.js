@@ -126,7 +126,7 @@ export function confirmed(question) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(agreed), { once: true }));
 }
 
-// shortcuts: [[code of the key with Alt, how it is written, what it does in words, action], ...]; action null: only listed.
+// shortcuts: [[code of the key with Alt, how it is written, what it does, action], ...]; without action: only listed.
 export function wireShortcuts(shortcuts, onEscape) {
   byId("shortcut-list").replaceChildren(
     ...shortcuts.map(([, keys, words]) =>

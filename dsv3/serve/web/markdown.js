@@ -118,7 +118,12 @@ const DRAW = {
   paragraph: ({ text }) => el("p", {}, inline(text)),
   quote: ({ blocks }) => el("blockquote", {}, ...drawAll(blocks)),
   maths: ({ tex, open, after }) =>
-    el("div", { class: "maths-block", tabindex: "0", role: "group", "aria-label": "Formula" }, open ? el("code", { class: "maths-source" }, tex.trim()) : mathsNode(tex, true), after),
+    el(
+      "div",
+      { class: "maths-block", tabindex: "0", role: "group", "aria-label": "Formula" },
+      open ? el("code", { class: "maths-source" }, tex.trim()) : mathsNode(tex, true),
+      after,
+    ),
   list: drawList,
   table: drawTable,
 };
@@ -128,7 +133,9 @@ function drawList({ ordered, start, loose, items }) {
   for (const { task, blocks } of items) {
     const item = el("li", task === null ? {} : { class: "task" });
     if (task !== null) {
-      item.append(el("span", { class: "box", role: "img", "aria-label": task ? "done: " : "to do: " }, task ? "✓" : ""));
+      item.append(
+        el("span", { class: "box", role: "img", "aria-label": task ? "done: " : "to do: " }, task ? "✓" : ""),
+      );
     }
     for (const block of blocks) {
       if (block.type === "paragraph" && !loose) item.append(inline(block.text));
@@ -141,8 +148,17 @@ function drawList({ ordered, start, loose, items }) {
 
 function drawTable({ align, head, rows }) {
   const row = (cells, tag) =>
-    el("tr", {}, ...cells.map((cell, k) => el(tag, { class: align[k], ...(tag === "th" ? { scope: "col" } : {}) }, inline(cell))));
-  const table = el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, ...rows.map((cells) => row(cells, "td"))));
+    el(
+      "tr",
+      {},
+      ...cells.map((cell, k) => el(tag, { class: align[k], ...(tag === "th" ? { scope: "col" } : {}) }, inline(cell))),
+    );
+  const table = el(
+    "table",
+    {},
+    el("thead", {}, row(head, "th")),
+    el("tbody", {}, ...rows.map((cells) => row(cells, "td"))),
+  );
   return el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
 }
 
@@ -155,7 +171,12 @@ class CodeBlock {
     this.node = el(
       "figure",
       { class: "code" },
-      el("figcaption", {}, el("span", {}, label), copyButton("Copy code", () => this.block.lines.join("\n"))),
+      el(
+        "figcaption",
+        {},
+        el("span", {}, label),
+        copyButton("Copy code", () => this.block.lines.join("\n")),
+      ),
       el("pre", { tabindex: "0", role: "group", "aria-label": `Code, ${label}` }, this.lines.node),
     );
     this.set(block);

@@ -13,7 +13,18 @@ const MAX_LENGTH = 4000;
 const MAX_DEPTH = 40;
 const TOKEN = /\\(?:[A-Za-z]+\*?|[\s\S])|[ \t\n\r]+|%[^\n]*|\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|[\s\S]/gu;
 const OPERATOR = { "-": "−", "*": "∗", "'": "′", "/": "/", ":": ":" };
-const IGNORED = new Set(["displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "nonumber", "notag", "hline", "rm", "allowbreak"]);
+const IGNORED = new Set([
+  "displaystyle",
+  "textstyle",
+  "scriptstyle",
+  "limits",
+  "nolimits",
+  "nonumber",
+  "notag",
+  "hline",
+  "rm",
+  "allowbreak",
+]);
 const SIZES = /^(?:big|Big|bigg|Bigg)[lrm]?$/;
 const TEXTS = new Set(["text", "textrm", "textit", "texttt", "textsf", "mbox", "textnormal", "hbox"]);
 
@@ -186,25 +197,46 @@ class Parser {
 
   construct(name) {
     switch (name) {
-      case "frac": case "dfrac": case "tfrac": case "cfrac":
+      case "frac":
+      case "dfrac":
+      case "tfrac":
+      case "cfrac":
         return { node: m("mfrac", {}, this.argument(), this.argument()) };
-      case "binom": case "dbinom": case "tbinom": {
+      case "binom":
+      case "dbinom":
+      case "tbinom": {
         const stack = m("mfrac", { linethickness: "0" }, this.argument(), this.argument());
         return { node: m("mrow", {}, fence("(", true), stack, fence(")", true)) };
       }
-      case "sqrt": return { node: this.root() };
-      case "left": return { node: this.leftRight() };
-      case "begin": return { node: this.environment() };
-      case "substack": return { node: this.stack() };
-      case "mathrm": case "operatorname": case "operatorname*": case "mathop": {
+      case "sqrt":
+        return { node: this.root() };
+      case "left":
+        return { node: this.leftRight() };
+      case "begin":
+        return { node: this.environment() };
+      case "substack":
+        return { node: this.stack() };
+      case "mathrm":
+      case "operatorname":
+      case "operatorname*":
+      case "mathop": {
         const text = this.raw();
         if (!/^[\w\s.,:;+\-*/()[\]]*$/.test(text)) throw new Error("not a name");
-        return { node: m("mi", { mathvariant: "normal" }, text.trim()), under: name === "operatorname*", apply: name !== "mathrm" };
+        return {
+          node: m("mi", { mathvariant: "normal" }, text.trim()),
+          under: name === "operatorname*",
+          apply: name !== "mathrm",
+        };
       }
-      case "boxed": case "fbox": return { node: m("mrow", { class: "boxed" }, this.argument()) };
-      case "underline": return { node: m("munder", {}, this.argument(), mo("_", { stretchy: "true" })) };
-      case "underbrace": return { node: m("munder", {}, this.argument(), mo("⏟", { stretchy: "true" })), under: true };
-      case "overset": case "stackrel": {
+      case "boxed":
+      case "fbox":
+        return { node: m("mrow", { class: "boxed" }, this.argument()) };
+      case "underline":
+        return { node: m("munder", {}, this.argument(), mo("_", { stretchy: "true" })) };
+      case "underbrace":
+        return { node: m("munder", {}, this.argument(), mo("⏟", { stretchy: "true" })), under: true };
+      case "overset":
+      case "stackrel": {
         const above = this.argument();
         return { node: m("mover", {}, this.argument(), above) };
       }
@@ -212,15 +244,39 @@ class Parser {
         const below = this.argument();
         return { node: m("munder", {}, this.argument(), below) };
       }
-      case "bmod": case "mod": return { node: m("mrow", {}, space(0.2222), m("mi", {}, "mod"), space(0.2222)) };
+      case "bmod":
+      case "mod":
+        return { node: m("mrow", {}, space(0.2222), m("mi", {}, "mod"), space(0.2222)) };
       case "pmod":
-        return { node: m("mrow", {}, space(0.5), fence("(", false), m("mi", {}, "mod"), space(0.3333), this.argument(), fence(")", false)) };
-      case "not": return { node: mo(negated(this.argument())) };
-      case "tag": case "tag*": return { node: m("mrow", {}, space(2), m("mtext", {}, `(${this.raw()})`)) };
-      case "phantom": return { node: m("mphantom", {}, this.argument()) };
-      case "middle": return { node: fence(this.delimiter(), true) };
-      case "$": case "%": case "&": case "#": case "_": return { node: m("mi", {}, name) };
-      default: throw new Error(`\\${name} is not known`);
+        return {
+          node: m(
+            "mrow",
+            {},
+            space(0.5),
+            fence("(", false),
+            m("mi", {}, "mod"),
+            space(0.3333),
+            this.argument(),
+            fence(")", false),
+          ),
+        };
+      case "not":
+        return { node: mo(negated(this.argument())) };
+      case "tag":
+      case "tag*":
+        return { node: m("mrow", {}, space(2), m("mtext", {}, `(${this.raw()})`)) };
+      case "phantom":
+        return { node: m("mphantom", {}, this.argument()) };
+      case "middle":
+        return { node: fence(this.delimiter(), true) };
+      case "$":
+      case "%":
+      case "&":
+      case "#":
+      case "_":
+        return { node: m("mi", {}, name) };
+      default:
+        throw new Error(`\\${name} is not known`);
     }
   }
 

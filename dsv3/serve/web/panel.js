@@ -4,7 +4,7 @@
 // Tokens form a listbox: one tab stop, arrows move, what is chosen is told in words below. Colours never stand alone:
 // each number is also text. `show` draws an answer, `update` adds what has come since.
 
-import { el, percent, plural, seconds } from "./dom.js";
+import { el, percent, plural, rate, seconds } from "./dom.js";
 import { ExpertMaps } from "./experts.js";
 
 // A token's tint: the less probable, the stronger.
@@ -23,7 +23,13 @@ export class Panel {
   // Nothing to show yet.
   clear() {
     this.node = null;
-    this.container.replaceChildren(el("p", { class: "quiet" }, "Here the numbers of an answer appear: speed, cache, drafts, probabilities, experts."));
+    this.container.replaceChildren(
+      el(
+        "p",
+        { class: "quiet" },
+        "Here the numbers of an answer appear: speed, cache, drafts, probabilities, experts.",
+      ),
+    );
   }
 
   show(node, details) {
@@ -58,15 +64,18 @@ export class Panel {
   #drawNumbers(stats) {
     const rows = [
       ["Answer", stats.completionTokens && plural(stats.completionTokens, "token")],
-      ["Speed", stats.tokensPerSecond && `${stats.tokensPerSecond.toFixed(1)} tokens/s`],
+      ["Speed", stats.tokensPerSecond && rate(stats.tokensPerSecond)],
       ["Time", stats.seconds && seconds(stats.seconds)],
       ["First token", stats.firstTokenSeconds && seconds(stats.firstTokenSeconds)],
       ["Prompt", stats.promptTokens && plural(stats.promptTokens, "token")],
       ["From the cache", stats.cachedTokens !== undefined && cached(stats)],
+      ["Context", stats.contextTokens && stats.promptTokens && context(stats)],
       ["Reasoning", stats.reasoningTokens && plural(stats.reasoningTokens, "token")],
     ];
     this.numbers.replaceChildren(
-      ...rows.filter(([, value]) => value).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+      ...rows
+        .filter(([, value]) => value)
+        .map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
     );
   }
 
@@ -171,7 +180,13 @@ export class Panel {
 function option(token, index) {
   const p = token.logprob === null ? 1 : Math.exp(token.logprob);
   const tint = TINTS.filter((limit) => p < limit).length;
-  const node = el("span", { role: "option", id: `token-${index}`, class: `tint-${tint}`, "data-index": index, "aria-selected": "false" });
+  const node = el("span", {
+    role: "option",
+    id: `token-${index}`,
+    class: `tint-${tint}`,
+    "data-index": index,
+    "aria-selected": "false",
+  });
   if (!token.text.trim()) node.setAttribute("aria-label", spokenSpace(token.text));
   node.textContent = token.text.replaceAll("\n", "↵\n") || "∅";
   return node;
@@ -186,7 +201,13 @@ function bar(label, share, words, chosen = false) {
   const fill = el("span", { class: "fill" });
   fill.style.setProperty("--share", String(Math.min(1, share)));
   const name = el("span", { class: "name" }, label, chosen ? el("span", { class: "sr" }, " (chosen)") : null);
-  return el("li", chosen ? { class: "chosen" } : {}, name, el("span", { class: "track", "aria-hidden": "true" }, fill), el("span", { class: "value" }, words));
+  return el(
+    "li",
+    chosen ? { class: "chosen" } : {},
+    name,
+    el("span", { class: "track", "aria-hidden": "true" }, fill),
+    el("span", { class: "value" }, words),
+  );
 }
 
 // White space that can be seen.
@@ -201,6 +222,13 @@ function spokenSpace(text) {
   return text.includes("\n") ? "new line" : text.includes("\t") ? "tab" : "space";
 }
 
+function context({ promptTokens, completionTokens, contextTokens }) {
+  const used = promptTokens + completionTokens;
+  return `${percent(used / contextTokens)} of ${contextTokens.toLocaleString("en")}`;
+}
+
 function cached({ cachedTokens, promptTokens }) {
-  return promptTokens ? `${plural(cachedTokens, "token")}, ${percent(cachedTokens / promptTokens)}` : plural(cachedTokens, "token");
+  return promptTokens
+    ? `${plural(cachedTokens, "token")}, ${percent(cachedTokens / promptTokens)}`
+    : plural(cachedTokens, "token");
 }

@@ -14,7 +14,7 @@ export class Run {
   #abort = new AbortController();
   #reasoningFrom = null;
 
-  constructor(conversation, node, model) {
+  constructor(conversation, node, model, limit) {
     this.conversation = conversation;
     this.node = node;
     this.details = emptyDetails(node, conversation);
@@ -22,7 +22,7 @@ export class Run {
     this.started = performance.now();
     this.firstToken = null;
     this.pieces = 0;
-    Object.assign(node, { reasoning: "", model, finish: null, error: null, stats: {} });
+    Object.assign(node, { reasoning: "", model, finish: null, error: null, stats: { contextTokens: limit } });
   }
 
   stop() {
@@ -88,7 +88,7 @@ export class Run {
     stats.reasoningTokens = usage.completion_tokens_details?.reasoning_tokens;
   }
 
-  // Ours: tokens and drafts since the last chunk; on the last one the totals. `places`: [drafted, accepted] by position.
+  // Ours: tokens and drafts since the last chunk; on the last the totals. `places`: [drafted, accepted] by position.
   #extra({ tokens = [], drafted = 0, accepted = 0, totals }) {
     const { stats } = this.node;
     for (const token of tokens) this.#token(token);
@@ -101,7 +101,6 @@ export class Run {
     stats.acceptedByPosition = totals.places.map(([, taken]) => taken);
     stats.cachedTokens = totals.cached_tokens;
     stats.seconds = totals.seconds;
-    stats.firstTokenSeconds = totals.first_token_seconds;
     stats.tokensPerSecond = totals.tokens_per_second;
   }
 
@@ -134,7 +133,7 @@ export class Run {
     const { tokens, speed } = this.progress();
     stats.completionTokens ??= tokens;
     if (speed !== null) stats.tokensPerSecond ??= speed;
-    if (this.firstToken !== null) stats.firstTokenSeconds ??= (this.firstToken - this.started) / 1000;
+    if (this.firstToken !== null) stats.firstTokenSeconds = (this.firstToken - this.started) / 1000;
     for (const name of Object.keys(stats)) if (stats[name] === undefined || stats[name] === null) delete stats[name];
   }
 }

@@ -16,7 +16,14 @@ const FIELDS = [
   { name: "seed", label: "Seed", min: 0, max: 2147483647, step: 1, hint: "The same seed, the same answer" },
   { name: "presence_penalty", label: "Presence", min: -2, max: 2, step: 0.1, hint: "Against words of the answer" },
   { name: "frequency_penalty", label: "Frequency", min: -2, max: 2, step: 0.1, hint: "More, the oftener they came" },
-  { name: "repetition_penalty", label: "Repetition", min: 0.1, max: 2, step: 0.05, hint: "Above 1: against all words so far" },
+  {
+    name: "repetition_penalty",
+    label: "Repetition",
+    min: 0.1,
+    max: 2,
+    step: 0.05,
+    hint: "Above 1: against all words so far",
+  },
 ];
 
 // What a new conversation starts with.
@@ -67,7 +74,16 @@ export class Settings {
 
   #field({ name, label, min, max, step, hint }) {
     const id = `sampling-${name}`;
-    const input = el("input", { type: "number", id, min, max, step, inputmode: "decimal", placeholder: "default", "aria-describedby": `${id}-hint` });
+    const input = el("input", {
+      type: "number",
+      id,
+      min,
+      max,
+      step,
+      inputmode: "decimal",
+      placeholder: "default",
+      "aria-describedby": `${id}-hint`,
+    });
     input.addEventListener("input", () => this.#changed());
     this.#inputs.set(name, input);
     return el("div", {}, el("label", { for: id }, label), input, el("p", { id: `${id}-hint`, class: "quiet" }, hint));

@@ -31,7 +31,17 @@ export class Sidebar {
 
   #row({ id, title }) {
     const here = id === this.current;
-    const open = el("button", { type: "button", class: "open", title, "aria-current": here && "page", on: { click: () => this.actions.open(id) } }, title);
+    const open = el(
+      "button",
+      {
+        type: "button",
+        class: "open",
+        title,
+        "aria-current": here && "page",
+        on: { click: () => this.actions.open(id) },
+      },
+      title,
+    );
     const row = el("li", { "data-id": id, class: here ? "here" : null }, open);
     row.append(
       el(

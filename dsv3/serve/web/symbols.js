@@ -8,23 +8,24 @@ const table = (text) => {
 // Identifiers; lower-case letters come out italic, capitals upright, as TeX has them.
 export const LETTERS = table(`
   alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ lambda λ mu μ
-  nu ν xi ξ omicron ο pi π varpi ϖ rho ρ varrho ϱ sigma σ varsigma ς tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω
-  Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ Omega Ω
-  infty ∞ partial ∂ nabla ∇ hbar ℏ ell ℓ Re ℜ Im ℑ aleph ℵ wp ℘ emptyset ∅ varnothing ∅ imath ı jmath ȷ top ⊤ bot ⊥
-  angle ∠ degree ° prime ′ hslash ℏ complement ∁ dagger † ddagger ‡ checkmark ✓ square □ Box □ blacksquare ■ qed ∎
-  triangle △ diamond ⋄ clubsuit ♣ heartsuit ♡ spadesuit ♠ ldots … dots … cdots ⋯ vdots ⋮ ddots ⋱ dotsc … dotsb ⋯
+  nu ν xi ξ omicron ο pi π varpi ϖ rho ρ varrho ϱ sigma σ varsigma ς tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ
+  omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ Omega Ω infty ∞ partial ∂ nabla ∇
+  hbar ℏ ell ℓ Re ℜ Im ℑ aleph ℵ wp ℘ emptyset ∅ varnothing ∅ imath ı jmath ȷ top ⊤ bot ⊥ angle ∠ degree ° prime ′
+  hslash ℏ complement ∁ dagger † ddagger ‡ checkmark ✓ square □ Box □ blacksquare ■ qed ∎ triangle △ diamond ⋄
+  clubsuit ♣ heartsuit ♡ spadesuit ♠ ldots … dots … cdots ⋯ vdots ⋮ ddots ⋱ dotsc … dotsb ⋯
 `);
 
 export const OPERATORS = table(`
-  pm ± mp ∓ times × div ÷ cdot ⋅ ast ∗ star ⋆ circ ∘ bullet ∙ oplus ⊕ ominus ⊖ otimes ⊗ oslash ⊘ odot ⊙ wedge ∧ land ∧
-  vee ∨ lor ∨ cap ∩ cup ∪ setminus ∖ sqcap ⊓ sqcup ⊔ uplus ⊎ amalg ⨿ le ≤ leq ≤ leqslant ⩽ ge ≥ geq ≥ geqslant ⩾
-  ne ≠ neq ≠ ll ≪ gg ≫ approx ≈ equiv ≡ cong ≅ sim ∼ simeq ≃ asymp ≍ propto ∝ doteq ≐ triangleq ≜ coloneqq ≔ in ∈ notin ∉
-  ni ∋ subset ⊂ supset ⊃ subseteq ⊆ supseteq ⊇ subsetneq ⊊ supsetneq ⊋ prec ≺ succ ≻ preceq ⪯ succeq ⪰ perp ⟂ parallel ∥
-  mid ∣ nmid ∤ vdash ⊢ dashv ⊣ models ⊨ forall ∀ exists ∃ nexists ∄ neg ¬ lnot ¬ therefore ∴ because ∵
-  to → rightarrow → leftarrow ← gets ← leftrightarrow ↔ Rightarrow ⇒ Leftarrow ⇐ Leftrightarrow ⇔ implies ⟹ impliedby ⟸
-  iff ⟺ mapsto ↦ longrightarrow ⟶ longleftarrow ⟵ Longrightarrow ⟹ Longleftarrow ⟸ Longleftrightarrow ⟺ longmapsto ⟼
-  uparrow ↑ downarrow ↓ updownarrow ↕ Uparrow ⇑ Downarrow ⇓ nearrow ↗ searrow ↘ hookrightarrow ↪ hookleftarrow ↩
-  rightharpoonup ⇀ rightleftharpoons ⇌ leadsto ⇝ colon : lVert ‖ rVert ‖ lvert | rvert | backslash ∖ gtrsim ≳ lesssim ≲
+  pm ± mp ∓ times × div ÷ cdot ⋅ ast ∗ star ⋆ circ ∘ bullet ∙ oplus ⊕ ominus ⊖ otimes ⊗ oslash ⊘ odot ⊙ wedge ∧
+  land ∧ vee ∨ lor ∨ cap ∩ cup ∪ setminus ∖ sqcap ⊓ sqcup ⊔ uplus ⊎ amalg ⨿ le ≤ leq ≤ leqslant ⩽ ge ≥ geq ≥
+  geqslant ⩾ ne ≠ neq ≠ ll ≪ gg ≫ approx ≈ equiv ≡ cong ≅ sim ∼ simeq ≃ asymp ≍ propto ∝ doteq ≐ triangleq ≜
+  coloneqq ≔ in ∈ notin ∉ ni ∋ subset ⊂ supset ⊃ subseteq ⊆ supseteq ⊇ subsetneq ⊊ supsetneq ⊋ prec ≺ succ ≻
+  preceq ⪯ succeq ⪰ perp ⟂ parallel ∥ mid ∣ nmid ∤ vdash ⊢ dashv ⊣ models ⊨ forall ∀ exists ∃ nexists ∄ neg ¬ lnot ¬
+  therefore ∴ because ∵ to → rightarrow → leftarrow ← gets ← leftrightarrow ↔ Rightarrow ⇒ Leftarrow ⇐
+  Leftrightarrow ⇔ implies ⟹ impliedby ⟸ iff ⟺ mapsto ↦ longrightarrow ⟶ longleftarrow ⟵ Longrightarrow ⟹
+  Longleftarrow ⟸ Longleftrightarrow ⟺ longmapsto ⟼ uparrow ↑ downarrow ↓ updownarrow ↕ Uparrow ⇑ Downarrow ⇓
+  nearrow ↗ searrow ↘ hookrightarrow ↪ hookleftarrow ↩ rightharpoonup ⇀ rightleftharpoons ⇌ leadsto ⇝ colon :
+  lVert ‖ rVert ‖ lvert | rvert | backslash ∖ gtrsim ≳ lesssim ≲
 `);
 
 // Big operators; those in NO_LIMITS keep their bounds at the side.
@@ -35,7 +36,9 @@ export const BIG = table(`
 export const NO_LIMITS = new Set(["int", "iint", "iiint", "oint"]);
 
 export const FUNCTIONS = new Set(
-  `arccos arcsin arctan arg cos cosh cot coth csc deg dim exp hom ker lg ln log sec sin sinh tan tanh softmax`.split(" "),
+  `arccos arcsin arctan arg cos cosh cot coth csc deg dim exp hom ker lg ln log sec sin sinh tan tanh softmax`.split(
+    " ",
+  ),
 );
 export const LIMIT_FUNCTIONS = new Set("lim limsup liminf max min sup inf det gcd Pr argmax argmin".split(" "));
 
@@ -52,15 +55,41 @@ export const STRETCHED = new Set(["widehat", "overline", "widetilde", "overright
 
 // Widths in em of spaces.
 export const SPACES = new Map([
-  [",", 0.1667], [":", 0.2222], [">", 0.2222], [";", 0.2778], ["!", -0.1667], [" ", 0.25], ["~", 0.25],
-  ["quad", 1], ["qquad", 2], ["enspace", 0.5], ["thinspace", 0.1667], ["medspace", 0.2222], ["thickspace", 0.2778],
+  [",", 0.1667],
+  [":", 0.2222],
+  [">", 0.2222],
+  [";", 0.2778],
+  ["!", -0.1667],
+  [" ", 0.25],
+  ["~", 0.25],
+  ["quad", 1],
+  ["qquad", 2],
+  ["enspace", 0.5],
+  ["thinspace", 0.1667],
+  ["medspace", 0.2222],
+  ["thickspace", 0.2778],
 ]);
 
 export const MATRICES = new Map([
-  ["matrix", ["", ""]], ["pmatrix", ["(", ")"]], ["bmatrix", ["[", "]"]], ["Bmatrix", ["{", "}"]], ["vmatrix", ["|", "|"]],
-  ["Vmatrix", ["‖", "‖"]], ["smallmatrix", ["", ""]], ["cases", ["{", ""]], ["rcases", ["", "}"]], ["array", ["", ""]],
-  ["aligned", ["", ""]], ["align", ["", ""]], ["split", ["", ""]], ["gathered", ["", ""]], ["gather", ["", ""]],
-  ["equation", ["", ""]], ["alignedat", ["", ""]], ["eqnarray", ["", ""]], ["substack", ["", ""]],
+  ["matrix", ["", ""]],
+  ["pmatrix", ["(", ")"]],
+  ["bmatrix", ["[", "]"]],
+  ["Bmatrix", ["{", "}"]],
+  ["vmatrix", ["|", "|"]],
+  ["Vmatrix", ["‖", "‖"]],
+  ["smallmatrix", ["", ""]],
+  ["cases", ["{", ""]],
+  ["rcases", ["", "}"]],
+  ["array", ["", ""]],
+  ["aligned", ["", ""]],
+  ["align", ["", ""]],
+  ["split", ["", ""]],
+  ["gathered", ["", ""]],
+  ["gather", ["", ""]],
+  ["equation", ["", ""]],
+  ["alignedat", ["", ""]],
+  ["eqnarray", ["", ""]],
+  ["substack", ["", ""]],
 ]);
 
 // Alphabets of Unicode: where capital A, small a and digit 0 stand, and the letters that stand elsewhere.

@@ -123,15 +123,24 @@ function checkedConversation(raw) {
 }
 
 function checkedNode(raw, known) {
-  if (raw.role !== "user" && raw.role !== "assistant") throw new Error(`a turn's role is user or assistant, not ${raw.role}`);
-  const node = { id: known.get(raw.id), parent: known.get(raw.parent), role: raw.role, content: string(raw.content, "content") };
+  if (raw.role !== "user" && raw.role !== "assistant")
+    throw new Error(`a turn's role is user or assistant, not ${raw.role}`);
+  const node = {
+    id: known.get(raw.id),
+    parent: known.get(raw.parent),
+    role: raw.role,
+    content: string(raw.content, "content"),
+  };
   node.created = Number.isFinite(raw.created) ? raw.created : Date.now();
   for (const name of ["reasoning", "finish", "error", "model"]) {
     if (raw[name] !== undefined && raw[name] !== null) node[name] = string(raw[name], name);
   }
   if (Number.isFinite(raw.reasoningSeconds)) node.reasoningSeconds = raw.reasoningSeconds;
   if (Array.isArray(raw.toolCalls)) {
-    node.toolCalls = raw.toolCalls.map((call) => ({ name: string(call.name, "name"), arguments: string(call.arguments, "arguments") }));
+    node.toolCalls = raw.toolCalls.map((call) => ({
+      name: string(call.name, "name"),
+      arguments: string(call.arguments, "arguments"),
+    }));
   }
   if (raw.stats && typeof raw.stats === "object") node.stats = checkedStats(raw.stats);
   return node;

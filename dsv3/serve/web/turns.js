@@ -3,7 +3,7 @@
 // A view is given its turn again whenever it has grown (`update`). `actions` are what its buttons do:
 // edit(node, text), retry(node), version(node, step), details(node).
 
-import { announce, copyButton, el, iconButton, percent, plural, seconds } from "./dom.js";
+import { announce, copyButton, el, iconButton, percent, plural, rate, seconds } from "./dom.js";
 import { CodeLines } from "./highlight.js";
 import { Markdown } from "./markdown.js";
 import { versions } from "./tree.js";
@@ -160,7 +160,8 @@ export class AssistantTurn extends Turn {
       const retry = el("button", { type: "button", on: { click: () => this.actions.retry(node) } }, "Try again");
       this.note.append(el("div", { class: "notice", role: "alert" }, el("p", {}, node.error), retry));
     } else if (line) this.note.append(el("p", { class: "quiet" }, line));
-    else if (!node.content && !node.toolCalls?.length) this.note.append(el("p", { class: "quiet" }, "The answer is empty."));
+    else if (!node.content && !node.toolCalls?.length)
+      this.note.append(el("p", { class: "quiet" }, "The answer is empty."));
   }
 
   #toolbar() {
@@ -179,7 +180,7 @@ export class AssistantTurn extends Turn {
 export function facts(stats) {
   const parts = [];
   if (stats.completionTokens) parts.push(plural(stats.completionTokens, "token"));
-  if (stats.tokensPerSecond) parts.push(`${stats.tokensPerSecond.toFixed(1)} tokens/s`);
+  if (stats.tokensPerSecond) parts.push(rate(stats.tokensPerSecond));
   if (stats.cachedTokens) parts.push(`${stats.cachedTokens.toLocaleString("en")} cached`);
   if (stats.drafted) parts.push(`${percent(stats.accepted / stats.drafted)} of drafts accepted`);
   return parts.join(" · ");
