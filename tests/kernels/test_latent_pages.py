@@ -17,6 +17,7 @@ import torch
 
 from dsv3.kernels.attention import PAGE, attend_pages, attend_pages_reference
 from tests.kernels.distance import distance
+from tests.kernels.hopper import compile_for_hopper
 
 has_triton = importlib.util.find_spec("triton") is not None
 here = os.environ.get("TRITON_INTERPRET") == "1"
@@ -172,28 +173,15 @@ def test_the_op_on_a_gpu_at_v3s_shape(heads):
 def test_v3s_shape_compiles_for_hopper(heads):
     """Types, shared memory (an H100 has 227 KiB a block) and the products: tensor cores by warpgroup for 64 heads a block, keys
     shared out among them and not repeated."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from dsv3.kernels.triton import attention
 
     fixed, options = attention.sizes(heads, 512, 64, attention.split_tokens(heads))
     kinds = {"q": "*bf16", "pages": "*bf16", "tables": "*i64", "rows": "*i64", "positions": "*i64", "scale": "fp32"}
     kinds |= {"sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "out": "*bf16"}
-    made = []
-    for function, given, chosen in (
-        (attention._split, fixed | {"wide": False}, options),
-        (attention._merge, fixed, {}),
-    ):
-        names = function.arg_names
-        signature = {name: "constexpr" if name in given else kinds.get(name, "i32") for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-        used = {name: value for name, value in given.items() if name in names}
-        source = triton.compiler.ASTSource(function, signature, used, aligned)
-        made.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=chosen))
-    assert made[0].metadata.shared <= 227 * 1024
-    assert "async_copy_global_to_local" in made[0].asm["ttgir"]
+    made = compile_for_hopper(attention._split, kinds, fixed | {"wide": False}, **options)
+    compile_for_hopper(attention._merge, kinds, fixed)
+    assert "async_copy_global_to_local" in made.asm["ttgir"]
     if heads == 128:
-        products = re.findall(r"nvidia_mma<.*?warpsPerCTA = (\[.*?\])", made[0].asm["ttgir"])
+        products = re.findall(r"nvidia_mma<.*?warpsPerCTA = (\[.*?\])", made.asm["ttgir"])
         assert products == ["[4, 2]", "[4, 2]"]
-        assert made[0].asm["ptx"].count("wgmma.mma_async") == 40
+        assert made.asm["ptx"].count("wgmma.mma_async") == 40

@@ -17,6 +17,7 @@ import torch
 from dsv3.kernels import fp8_gemm, quant
 from dsv3.kernels.gemm import grouped_linear_reference
 from tests.kernels.distance import distance
+from tests.kernels.hopper import compile_for_hopper
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -139,3 +140,44 @@ def test_bfloat16_products(device):
     dw = gemm.grouped_wgrad_bfloat16(dy.to(device), x.to(device), offsets).cpu()
     assert distance(dw[2], dy[20:].double().t() @ x[20:].double()) < 0.006
     assert not dw[1].any()
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+@pytest.mark.parametrize("by", ["bfloat16", "weights", "fp8"])
+def test_grouped_products_compile_for_hopper(by):
+    """The interpreter runs what the compiler refuses. The products are of whole groups of warps, their operands copied ahead."""
+    from dsv3.kernels.triton import gemm
+
+    rows, weights = ("*fp8e4nv" if by == "fp8" else "*bf16"), ("*bf16" if by == "bfloat16" else "*fp8e4nv")
+    scales = "*bf16" if by == "bfloat16" else "*fp32"
+    kinds = {"a": rows, "b": weights, "y": "*bf16", "a_scales": scales, "b_scales": scales, "offsets": "*i64"}
+    fixed = {
+        "by": by,
+        "wide": False,
+        "BM": 64,
+        "BN": 128,
+        "BK": 64 if by == "bfloat16" else 128,
+        "MOST": 32,
+        "s_tile": 1,
+    }
+    made = compile_for_hopper(gemm._rows, kinds, fixed, num_warps=8, num_stages=3)
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    assert "async_copy_global_to_local" in made.asm["ttgir"]
+    if by != "weights":
+        kinds |= {"b": rows, "dw": "*fp32" if by == "fp8" else "*bf16"}
+        fixed = {"by": by, "wide": False, "BN": 128, "BK": 128, "BR": 64 if by == "bfloat16" else 128}
+        assert "wgmma.mma_async" in compile_for_hopper(gemm._wgrad, kinds, fixed, num_warps=8).asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+def test_casts_compile_for_hopper():
+    from dsv3.kernels.triton import quant as kernels
+
+    kinds = {"x": "*i16", "given": "*i16", "w": "*fp32", "codes": "*u8", "scales": "*fp32", "offsets": "*i64"}
+    compile_for_hopper(kernels._tiles, kinds, {"pow2": True, "BR": 32})
+    compile_for_hopper(kernels._blocks, kinds, {})
+    compile_for_hopper(kernels._columns, kinds, {"cast": False, "pow2": False, "BK": 64, "MOST": 32})
+    kinds |= {"x": "*u8", "given": "*fp32"}
+    compile_for_hopper(kernels._columns, kinds, {"cast": True, "pow2": False, "BK": 64, "MOST": 32})
