@@ -117,7 +117,7 @@ def _closed(schema: Any) -> Any:
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {}
+    closed: dict[str, Any] = {}
     for key, part in schema.items():
         if key in _NAMED and isinstance(part, dict):
             closed[key] = {name: _closed(inner) for name, inner in part.items()}

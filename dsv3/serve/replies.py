@@ -46,11 +46,16 @@ class Body:
     def __init__(self, plan: Plan, tokenizer: Tokenizer, requests: Sequence[Request], fingerprint: str) -> None:
         self.plan, self.tokenizer, self.requests = plan, tokenizer, requests
         self.id, self.created, self.fingerprint = str(uuid.uuid4()), int(time.time()), fingerprint
-        self.born, self.first_at = time.monotonic(), 0.0
+        self.born: float = time.monotonic()
+        self.first_at: float | None = None
         self.tallies = [Tally() for _ in range(plan.answers)]
         self.open = plan.answers
         self.places: list[list[int]] = []  # MTP drafts looked at and accepted, by place in their chain
         self._details: dict[int, Json] = {}  # of deltas that made no chunk yet
+
+    def time(self, born: float, first_at: float | None) -> None:
+        """When the request came, and its first token (time.monotonic)."""
+        self.born, self.first_at = born, first_at
 
     @property
     def head(self) -> Json:
@@ -80,8 +85,6 @@ class Body:
 
     def count(self, index: int, delta: Delta) -> None:
         tally = self.tallies[index]
-        if delta.token_ids and not self.first_at:
-            self.first_at = time.monotonic()
         tally.tokens += len(delta.token_ids)
         for place in range(delta.drafted):
             if place == len(self.places):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.engine import Engine
+from dsv3.infer.grammar import json_object
 from dsv3.model.fingerprint import fingerprint
 from dsv3.serve.errors import ApiError
 from dsv3.serve.keys import Keys, Owner
@@ -39,11 +41,13 @@ class Service:
         self._planner: Planner | None = None
         self._tokenizer: Tokenizer | None = None
         self._compiling = asyncio.Semaphore(2)  # grammars at once
+        self._compilers = ThreadPoolExecutor(2, "dsv3-grammar")
 
     def open(self, engine: Engine, tokenizer: Tokenizer) -> None:
         """Serve with these from now on."""
         settings = self.settings
         self.engine, self._tokenizer = engine, tokenizer
+        self._compile(json_object())  # the vocabulary's side takes seconds: not in the first request that needs it
         self._planner = Planner(engine, tokenizer, settings)
         room = engine.scheduler.max_running + settings.max_waiting
         self._worker = Worker(engine, self.metrics, max_open=room, max_backlog=settings.max_backlog)
@@ -54,6 +58,7 @@ class Service:
     def close(self) -> None:
         """Abort what runs and end the thread."""
         self.state = "draining"
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._worker is not None:
             self._worker.stop()
 
@@ -77,9 +82,9 @@ class Service:
     def planner(self) -> Planner:
         """
         Raises:
-            ApiError: 503, there is none yet.
+            ApiError: 503, there is none yet, or it is not to be used any more.
         """
-        if self._planner is None:
+        if self._planner is None or self.state != "ready":
             raise self.not_ready()
         return self._planner
 
@@ -121,20 +126,31 @@ class Service:
         """Compile it aside from the engine, so that a costly one is refused before it holds anybody up.
 
         Raises:
-            ApiError: it is none, is beyond the limits, or takes too long.
+            ApiError: 400, it is none, is beyond the limits, or takes too long; 503, too many are being compiled.
         """
         if grammar is None or self.engine is None:
             return
         seconds = self.settings.grammar_s
         try:
-            async with asyncio.timeout(2 * seconds), self._compiling:
-                start = time.monotonic()
-                await asyncio.to_thread(self.engine.grammars.matcher, grammar)
-                spent = time.monotonic() - start
+            async with asyncio.timeout(seconds):
+                await self._compiling.acquire()
         except TimeoutError:
-            spent = 2 * seconds
+            raise ApiError(503, "other grammars are being compiled: try again later", retry_after=seconds) from None
+        made = asyncio.get_running_loop().run_in_executor(self._compilers, self._compile, grammar)
+        made.add_done_callback(lambda _: self._compiling.release())  # at its end, not at our patience's
+        try:
+            async with asyncio.timeout(seconds):
+                refused = await asyncio.shield(made)
+        except TimeoutError:
+            refused = f"the grammar took over {seconds:g} s to compile: make it smaller"
+        if refused:
+            raise ApiError(400, refused, param="response_format")
+
+    def _compile(self, grammar: str) -> str:
+        """Why the engine would refuse it; empty if it would not."""
+        assert self.engine is not None
+        try:
+            self.engine.grammars.matcher(grammar)
         except ValueError as error:
-            raise ApiError(400, str(error), param="response_format") from None
-        if spent > seconds:
-            message = f"the grammar took over {seconds:g} s to compile: make it smaller"
-            raise ApiError(400, message, param="response_format")
+            return str(error)
+        return ""

@@ -100,6 +100,7 @@ class EngineReply(Response):
                 if silence < left:
                     yield None
                 continue
+            body.time(ticket.born, ticket.first_at)
             chunks = []
             for place, delta in deltas:
                 if delta.error is not None:
