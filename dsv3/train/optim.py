@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ class CosineConfig:
     """Speed of the router bias; 0: it keeps every bit."""
     mtp_weight: float = 0.1
     """Lambda; pre-training ended with 0.1."""
-    batch_ramp_from: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -72,6 +71,10 @@ class CosineConfig:
             return self.first_lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
         return self.last_lr + (self.first_lr - self.last_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    @property
+    def batch_ramp_from(self) -> None:
+        """The batch is constant."""
 
     def rows(self, step: int) -> int:
         return self.batch_size
