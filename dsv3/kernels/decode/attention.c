@@ -54,6 +54,11 @@ static void absorb(const Model *m, const Layer *layer, const AttentionWork *w, l
     }
 }
 
+/* Bytes that will be read soon. */
+INLINE void fetch(const char *at, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 /* A page's first keys as columns, keys[c][key], and as float32 rows where they are not that already. */
 static const float *read_page(const Model *m, const AttentionWork *w, const char *at, int kind, long keys, long *row) {
     const long width = m->rank + m->rope, even = padded(width);
@@ -111,6 +116,8 @@ void attend(const Model *m, const Layer *layer, const AttentionWork *w, const ch
             long first_key, long position, long rows, long head, long heads, const float *q, const float *cos,
             const float *sin, float *out) {
     const long C = m->rank, width = padded(C + m->rope), up = padded(C), last = position + rows - 1, all = rows * heads;
+    const long each = (C + m->rope) * size_of(kind); /* bytes of a key */
+    fetch(latents + pages[0] * PAGE * each, seen(last, 0) * each);
     absorb(m, layer, w, rows, head, heads, q, cos, sin);
     memset(w->sums, 0, all * width * 4);
     memset(w->totals, 0, all * LANES * 4);
@@ -119,7 +126,8 @@ void attend(const Model *m, const Layer *layer, const AttentionWork *w, const ch
         const long from = start ? 0 : first_key, keys = round_up(seen(last, start), LANES);
         const int whole = !from && seen(position, start) == PAGE;
         long row;
-        const char *page = latents + pages[start / PAGE] * PAGE * (C + m->rope) * size_of(kind);
+        const char *page = latents + pages[start / PAGE] * PAGE * each;
+        if (start + PAGE <= last) fetch(latents + pages[start / PAGE + 1] * PAGE * each, seen(last, start + PAGE) * each);
         const float *values = read_page(m, w, page, kind, keys, &row);
         mix(all, keys, C + m->rope, w->absorbed, width, w->keys, PAGE, w->scores, PAGE, 0);
         if (!whole)
