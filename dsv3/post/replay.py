@@ -1,0 +1,261 @@
+"""The rollout's routers against the training pass's: what each chose, how far they differ, and replay of the rollout's choice.
+
+One model definition makes both, so on equal batches experts are identical and log-probabilities differ by rounding alone.
+Elsewhere two engines disagree about some tenth of the routers, and runs collapse (Megatron-LM issue 4168). Here that is measured
+at each step, and a gate stops the run when it is not so.
+
+    tap      for the time of a pass each router also tells its scores and its own choice
+    replay   the rollout's experts take the place of the router's choice; their weights are still the router's own scores, so
+             the router goes on learning. For when precisions differ
+    tie      two experts' scores closer than rounding: there the two passes may choose differently and both be right.
+             Such tokens, and those behind them in the row, are told but not gated
+
+The routers are changed from outside, by an attribute of the instance; classes, weights and the engine's C path are untouched.
+Legend: B rows, T tokens, N = B·T, n answer tokens, L MoE layers, E experts, K top-k.
+Source: routing replay: arXiv 2510.11370 (R3). Does not: know MTP routers' choices in the rollout: those are never replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3.kernels.moe import route
+from dsv3.model.transformer import DeepseekV3, Router
+from dsv3.post.batch import RolloutBatch
+
+ACTIONS = ("error", "warn", "off")
+_TIE = 1e-5  # of a score in (0, 1): some ten times what the order of float32 sums moves it
+
+
+class GateError(ValueError):
+    """Rollout and training pass differ by more than the gate allows. Nothing was updated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What the rollout and the training pass may differ by."""
+
+    action: str = "error"
+    """On more than that: stop ("error"), say so ("warn"), nothing ("off"). It is measured and logged in any case."""
+    logprob: float | None = None
+    """Largest difference of an answer token's log-probability, nats; None: 1e-5 in float32, else no limit."""
+    routes: float | None = None
+    """Largest share of (token, layer) with different experts; None: 0 in float32, else no limit."""
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"gate action is {self.action!r}: give one of {', '.join(ACTIONS)}")
+        for name in ("logprob", "routes"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"gate {name} is {value}: give at least 0, or None")
+
+    def limits(self, precision: str) -> tuple[float, float]:
+        """Of log-probability and routes."""
+        exact = precision == "float32"
+        logprob = (1e-5 if exact else float("inf")) if self.logprob is None else self.logprob
+        routes = (0.0 if exact else float("inf")) if self.routes is None else self.routes
+        return logprob, routes
+
+
+class Tapped(NamedTuple):
+    """What a router told of a pass."""
+
+    scores: Tensor  # (N, E) float32, differentiable
+    own: Tensor  # (N, K) int64: its own choice
+    experts: Tensor  # (N, K) int64: where the tokens went
+    margin: Tensor  # (N,) float32: by how much its choice was decided
+
+
+class RouterTap:
+    """While open, each router of the model tells what it does in `seen` (in the order of `model.routers()`).
+
+    Args:
+        experts: (B, T, L, K) to send tokens to instead of the routers' choice, -1 where they choose; None: nowhere. With it the
+            tap must stay open until the backward pass is over, where layers may be computed again.
+    """
+
+    def __init__(self, model: DeepseekV3, experts: Tensor | None = None) -> None:
+        self.seen: list[Tapped] = []
+        self._routers, self._recording = model.routers(), False
+        self._forced = None if experts is None else experts.flatten(0, 1).long().unbind(1)
+
+    def open(self) -> RouterTap:
+        self._recording = True
+        for index, router in enumerate(self._routers):
+            router.forward = functools.partial(self._forward, router, index)
+        return self
+
+    def stop(self) -> None:
+        """Record no more; what is computed again in the backward pass is still replayed."""
+        self._recording = False
+
+    def close(self) -> None:
+        self.stop()
+        for router in self._routers:
+            router.__dict__.pop("forward", None)
+
+    def __enter__(self) -> RouterTap:
+        return self.open()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _forward(self, router: Router, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores, own, weights = Router.forward(router, x)
+        indices = own
+        if self._forced is not None and index < len(self._forced):
+            theirs = self._forced[index]
+            indices = torch.where(theirs >= 0, theirs, own)
+            outside = torch.full_like(scores, -torch.inf).scatter(-1, indices, 0.0)
+            config = router.config  # the same weights by the same rule, of a choice that leaves only these
+            indices, weights = route(
+                scores,
+                outside,
+                top_k=config.num_experts_per_tok,
+                n_group=1,
+                topk_group=1,
+                normalise=config.norm_topk_prob,
+                scale=config.routed_scaling_factor,
+            )
+        if self._recording:
+            self.seen.append(Tapped(scores, own, indices, _margin(router, scores.detach())))
+        return scores, indices, weights
+
+
+def _margin(router: Router, scores: Tensor) -> Tensor:
+    """(N,): what the last chosen expert, or group, is ahead of the first one left out."""
+    config, choice = router.config, scores + router.e_score_correction_bias
+    margin = torch.full_like(choice[:, 0], torch.inf)
+    if config.topk_group < config.n_group:
+        groups = choice.unflatten(-1, (config.n_group, -1))
+        ranked = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group + 1, dim=-1)
+        margin = ranked.values[:, -2] - ranked.values[:, -1]
+        inside = torch.zeros(groups.shape[:2], dtype=torch.bool, device=choice.device)
+        inside.scatter_(-1, ranked.indices[:, :-1], True)
+        choice = groups.masked_fill(~inside.unsqueeze(-1), -torch.inf).flatten(-2)
+    if config.num_experts_per_tok < config.n_routed_experts:
+        best = choice.topk(config.num_experts_per_tok + 1, dim=-1).values
+        margin = torch.minimum(margin, best[:, -2] - best[:, -1])
+    return margin
+
+
+class Differences(NamedTuple):
+    """Of a pass from the rollout."""
+
+    routes: Tensor  # (n, L) boolean: other experts
+    gaps: Tensor  # (n,) float32: |difference of log-probability|
+    tied: Tensor  # (n, L) boolean: a tie before the layer, in this or an earlier token, may have made it so
+
+
+def differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor) -> Differences:
+    """Of a pass over these rows, whose answer tokens had log-probabilities (n,)."""
+    known, experts = part.answer, part.experts
+    gaps = (logprobs - part.old[known]).abs()
+    layers = 0 if experts is None else experts.shape[2]
+    tied = torch.zeros_like(known)
+    routes, ties = [], []
+    for index in range(layers):
+        own, theirs = seen[index].own.unflatten(0, known.shape)[known], experts[:, :, index][known].long()
+        other = (own.sort(-1).values != theirs.sort(-1).values).any(-1) & (theirs[:, 0] >= 0)
+        near = (seen[index].margin < _TIE).unflatten(0, known.shape)
+        ties.append((tied | near)[known])
+        tied = tied | near.cummax(1).values
+        routes.append(other)
+    # A tie of the last layer touches the log-probability of its own token: `tied` holds it by now.
+    none = torch.zeros(len(gaps), 0, dtype=torch.bool, device=gaps.device)
+    return Differences(
+        torch.stack(routes, 1) if routes else none,
+        torch.where(tied[known], -gaps, gaps),  # the sign marks what a tie may have made
+        torch.stack(ties, 1) if ties else none,
+    )
+
+
+class Gate:
+    """Collects the differences of a step's micro-batches, and judges each at once.
+
+    Args:
+        precision: of the training pass: sets the limits that the config leaves open.
+    """
+
+    def __init__(self, config: GateConfig, precision: str) -> None:
+        self.config = config
+        self.logprob, self.routes = config.limits(precision)
+        self.warnings: list[str] = []
+        self._seen: list[Differences] = []
+        self._free: list[Differences] = []
+
+    @property
+    def wants_unreplayed(self) -> bool:
+        """Whether this step has not yet seen what its pass would be without replay: one micro-batch a step is looked at."""
+        return not self._free
+
+    def compare(
+        self,
+        part: RolloutBatch,
+        seen: list[Tapped],
+        logprobs: Tensor,
+        free: tuple[list[Tapped], Tensor] | None = None,
+        *,
+        replayed: bool = False,
+    ) -> None:
+        """A pass's routers and log-probabilities (n,), against the rollout of its rows.
+
+        Args:
+            free: the same of a pass without replay, told as `free_...`.
+            replayed: the pass sent its tokens to the rollout's experts. Its routers' own choice is then told but not gated.
+
+        Raises:
+            GateError: beyond the limits, with the action "error".
+        """
+        found = differences(part, seen, logprobs)
+        self._seen.append(found)
+        if free is not None:
+            self._free.append(differences(part, *free))
+        faults = []
+        gated = found.gaps[found.gaps >= 0]
+        if len(gated) and float(gated.max()) > self.logprob:
+            faults.append(f"log-probabilities differ by {float(gated.max()):.2e}, the limit is {self.logprob:.2e}")
+        share = float((found.routes & ~found.tied).float().mean()) if found.routes.numel() else 0.0
+        if not replayed and share > self.routes:
+            faults.append(f"{share:.2%} of (token, layer) went to other experts, the limit is {self.routes:.2%}")
+        if faults and self.config.action != "off":
+            said = (
+                f"rollout and training pass are not the same model: {'; '.join(faults)}. See that the engine reads the weights "
+                "that are trained, in their precision; where precisions must differ, use replay and gate limits that fit them"
+            )
+            if self.config.action == "error":
+                raise GateError(f"{said}. Nothing was updated")
+            self.warnings.append(said)
+
+    def report(self) -> dict[str, float]:
+        """The step's numbers; the next step begins. Empty where no fresh answers were trained on.
+
+        route_mismatch: share of (token, layer); route_mismatch_tokens: of tokens, with any layer; near_ties: tokens that a tie
+        excuses; logprob_gap, logprob_gap_max: mean and largest difference, nats. With replay, free_...: without it.
+        """
+        seen, self._seen = self._seen, []
+        free, self._free = self._free, []
+        return {**_told(seen, ""), **_told(free, "free_")}
+
+
+def _told(found: list[Differences], prefix: str) -> dict[str, float]:
+    if not found:
+        return {}
+    routes, gaps = torch.cat([f.routes for f in found]), torch.cat([f.gaps for f in found])
+    told = {
+        "logprob_gap": float(gaps.abs().mean()),
+        "logprob_gap_max": float(gaps.abs().max()),
+        "near_ties": float((gaps < 0).sum()),
+    }
+    if routes.numel():
+        told |= {
+            "route_mismatch": float(routes.float().mean()),
+            "route_mismatch_tokens": float(routes.any(1).float().mean()),
+        }
+    return {prefix + name: value for name, value in told.items()}
