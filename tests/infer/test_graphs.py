@@ -220,47 +220,58 @@ def test_the_engine_says_the_same(drafts):
     assert {shape.mtp for shape in e.runner._steps} == ({MAIN, 0} if drafts else {MAIN})
 
 
-@pytest.mark.gpu
-@lacking
+each_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, lacking])]
+)  # on the CPU a recorder of operations records
+
+
 @torch.inference_mode()
+@each_device
 @pytest.mark.parametrize("kept", [False, True])
-def test_graphs_on_a_gpu(kept):
-    """Recorded or not, the same bits; near the plain runner in bfloat16, whose forms round at other places: 0.02 in the norm."""
-    config = dataclasses.replace(TINY, hidden_size=128, kv_lora_rank=64, qk_nope_head_dim=128, v_head_dim=128)
-    model = random_model(config).bfloat16().cuda()
+def test_recorded_or_not_the_bits_are_the_same_in_bfloat16_and_fp8(device, kept):
+    """And near the plain runner's, whose forms round at other places: 0.008 in the norm on the CPU. Every expert is chosen, so that
+    none is by a near-tie."""
+    config = dataclasses.replace(
+        TINY,
+        hidden_size=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        num_experts_per_tok=8,
+        topk_group=4,
+    )
+    model = random_model(config).bfloat16().to(device)
     if kept:
         keep_fp8(model)
         for name, tensor in model.state_dict().items():
             if tensor.dtype == torch.float8_e4m3fn:
-                tensor.copy_(torch.randn(tensor.shape, device="cuda").to(tensor.dtype))
+                tensor.copy_(torch.randn(tensor.shape).to(tensor.dtype))
             elif name.endswith("scale_inv"):
                 tensor.fill_(0.1)
-    assert fits(model)
-    plain = Runner(model, 12, mtp=True)
-    once = GraphRunner(model, 12, mtp=True, capture=run_again)
-    ours = GraphRunner(model, 12, mtp=True)
+    plain, once = Runner(model, 12, mtp=True), GraphRunner(model, 12, mtp=True, capture=run_again)
+    ours = GraphRunner(model, 12, mtp=True, capture=record if device == "cpu" else None)
     for _ in range(2):  # the second time every graph is there
         for segments in STEPS:
             states = [r.forward(segments) for r in (plain, once, ours)]
             assert torch.equal(*states[1:])
-            assert distance(states[2], states[0]) < 0.05
+            assert distance(states[2], states[0]) < 0.02
             firsts = [Segment(s.pages, s.start + 1, [*s.tokens[1:], 7]) for s in segments]
             drafts = [r.draft(firsts, states[0]) for r in (plain, once, ours)]
             assert torch.equal(*drafts[1:])
-            assert distance(drafts[2], drafts[0]) < 0.05
+            assert distance(drafts[2], drafts[0]) < 0.02
     assert torch.equal(once.counts, ours.counts)
     assert not ours.store.latents[:, 0].any()
 
 
-@pytest.mark.gpu
-@lacking
-def test_the_engine_on_a_gpu():
-    """Near-ties may fall otherwise in bfloat16: with and without recording nothing else differs."""
-    model = random_model().bfloat16().cuda()
+@each_device
+def test_a_model_in_bfloat16_says_the_same_recorded_or_not(device):
+    model = random_model().bfloat16().to(device)
 
     def once(model, pages, *, mtp):
         return GraphRunner(model, pages, mtp=mtp, capture=run_again)
 
-    kinds = (once, GraphRunner)
-    said = [answers(model, kind, drafts=1, step_tokens=32, max_running=4)[0] for kind in kinds]
+    def ours(model, pages, *, mtp):
+        return GraphRunner(model, pages, mtp=mtp, capture=record if device == "cpu" else None)
+
+    said = [answers(model, kind, drafts=1, step_tokens=32, max_running=4)[0] for kind in (once, ours)]
     assert said[0] == said[1]
