@@ -27,7 +27,11 @@ from dsv3.serve.worker import Worker
 
 
 class Service:
-    """See the module."""
+    """Engine, tokenizer and worker, once they are there, and who may use them.
+
+    Attributes:
+        state: what `admit` goes by.
+    """
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings

@@ -75,7 +75,10 @@ class EngineReply(Response):
             field = "response_format" if "grammar" in said else "messages"
             raise refuse(field, said) from None
         except EngineFault as error:
-            raise ApiError(500, str(error)) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> ApiError:
+        return self._service.not_ready() if self._service.state == "draining" else ApiError(500, str(error))
 
     async def _deltas(self, ticket: Ticket, body: Body) -> AsyncIterator[list | None]:
         """Chunks as they come; None for a silence.
@@ -95,7 +98,7 @@ class EngineReply(Response):
             try:
                 deltas = await ticket.read(silence)
             except (EngineFault, TooSlow) as error:
-                raise ApiError(500, str(error)) from None
+                raise self._failed(error) from None
             if not deltas:
                 if silence < left:
                     yield None

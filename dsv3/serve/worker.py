@@ -168,8 +168,7 @@ class Worker:
             try:
                 order = self._inbox.get() if not self._tickets else self._inbox.get_nowait()
             except queue.Empty:
-                self._step()
-                continue
+                order = self._step
             if order is None:
                 self._reset(EngineFault("the server ends"))
                 return
@@ -202,11 +201,7 @@ class Worker:
     def _step(self) -> None:
         start = time.monotonic()
         before = self.engine.stats.steps
-        try:
-            deltas = self.engine.step()
-        except Exception as error:
-            self._reset(self._fault(error))
-            return
+        deltas = self.engine.step()
         now = time.monotonic()
         if self.engine.stats.steps > before:
             self.metrics.step(now - start)
@@ -258,6 +253,9 @@ class Worker:
                 self.engine.abort(request)
             except Exception as error:
                 log.exception("abort failed", exc_info=error)
+        scheduler = self.engine.scheduler
+        for sequence in [*scheduler.running, *scheduler.waiting]:  # what an abort that failed left behind
+            scheduler.remove(sequence)
         for ticket in tickets:
             self._call(ticket, _delivery(ticket, [], fault))
 

@@ -58,10 +58,10 @@ def running(app) -> Iterator[str]:
             yield url
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
 
 
-def until(condition, seconds: float = 20.0) -> None:
+def until(condition, seconds: float = 60.0) -> None:
     """Wait for it."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -138,6 +138,38 @@ def test_what_clients_send_along_is_never_refused(url, path, body, field, value)
     assert post(url, path, {**body, field: value}).status_code == 200
 
 
+def test_the_examples_of_deepseeks_documentation_are_accepted_with_all_their_nulls(url):
+    messages = [
+        {"content": "You are a helpful assistant", "role": "system"},
+        {"content": "Hi", "role": "user", "name": "me"},
+    ]
+    nulls = {
+        "stop": None,
+        "stream_options": None,
+        "top_p": 1,
+        "temperature": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0,
+    }
+    chat = {
+        **nulls, "messages": messages, "model": "deepseek-chat", "max_tokens": 8, "response_format": {"type": "text"},
+        "stream": False, "tools": None, "tool_choice": "none", "logprobs": False, "top_logprobs": None,
+    }  # fmt: skip
+    answer = post(url, "/chat/completions", chat).json()
+    assert answer["model"] == "deepseek-chat"
+    assert answer["choices"][0]["logprobs"] is None
+    fim = {
+        **nulls,
+        "model": "deepseek-chat",
+        "prompt": "Once upon a time,",
+        "echo": False,
+        "logprobs": 0,
+        "max_tokens": 8,
+    }
+    answer = post(url, "/beta/completions", {**fim, "suffix": None, "stream": False}).json()
+    assert set(answer["choices"][0]["logprobs"]) == {"text_offset", "token_logprobs", "tokens", "top_logprobs"}
+
+
 @pytest.mark.parametrize(
     ("message", "status"),
     [

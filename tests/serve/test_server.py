@@ -81,7 +81,7 @@ def test_loading_serving_draining():
         reader.join(60)
         assert lines[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in lines[-2]
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_drain_has_a_deadline_after_which_clients_are_told():
@@ -93,8 +93,8 @@ def test_a_drain_has_a_deadline_after_which_clients_are_told():
         until(lambda: "dsv3_running 1.0" in httpx.get(f"{url}/metrics").text)
         process.send_signal(signal.SIGTERM)
         reader.join(60)
-        assert '"error"' in lines[-1]
-        assert process.wait(20) == 0
+        assert '"service_unavailable"' in lines[-1]
+        assert process.wait(60) == 0
 
 
 def test_a_load_that_fails_ends_the_server_and_says_why():

@@ -123,6 +123,27 @@ def test_a_step_that_raises_fails_those_that_run_and_no_other(worker, monkeypatc
     assert asyncio.run(go())[-1][1].finish_reason == "length"
 
 
+def test_the_thread_outlives_a_fault_of_its_own_and_an_abort_that_fails(worker, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    async def go():
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.metrics, "first_token", broken)
+            patch.setattr(worker.engine, "abort", broken)
+            ticket = await worker.submit([[5, 6, 7]], LONG, b"")
+            with pytest.raises(EngineFault, match="RuntimeError"):
+                await all_of(ticket)
+            worker.close(ticket)
+            await idle(worker)
+        ticket = await worker.submit([[5, 6, 7]], SHORT, b"")
+        deltas = await all_of(ticket)
+        worker.close(ticket)
+        return deltas
+
+    assert asyncio.run(go())[-1][1].finish_reason == "length"
+
+
 def test_an_add_that_raises_fails_its_request_alone(worker, monkeypatch):
     add = worker.engine.add
 
