@@ -165,7 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             if not self._allowed():
                 return
-            self._json(200, {"object": "list", "data": [{"id": "dsv3-tiny", "max_model_len": 1000}, {"id": "dsv3-mini"}]})
+            self._json(
+                200, {"object": "list", "data": [{"id": "dsv3-tiny", "max_model_len": 1000}, {"id": "dsv3-mini"}]}
+            )
             return
         path = WEB / ("index.html" if self.path == "/" else self.path.lstrip("/"))
         if path.parent != WEB or not path.is_file():
@@ -235,7 +237,7 @@ def opened(browser: Browser, url: str, *, expected: Sequence[str] = (), **contex
         own.set_default_timeout(20000)  # of a machine under load
         page = own.new_page()
         watch(page, url, problems)
-        page.goto(url)
+        page.goto(url, wait_until="commit")
         page.wait_for_selector("html[data-ready]")
         yield page
         page.wait_for_timeout(20)  # what is still on its way to the console

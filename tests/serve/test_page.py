@@ -144,10 +144,12 @@ def test_conversations_last_over_a_reload_and_are_listed_renamed_and_deleted(pag
     assert names.all_inner_texts() == ["about winds", "about tides"]
     names.nth(1).click()
     page.wait_for_selector(".turn.assistant math")
+    names.nth(1).hover()
     page.get_by_label("Rename about tides").click()
     page.get_by_label("New name of about tides").fill("Tides")
     page.keyboard.press("Enter")
     page.wait_for_selector("#title >> text=Tides")
+    names.nth(1).hover()
     page.get_by_label("Delete Tides").click()
     page.locator("#confirm-yes").click()
     page.wait_for_selector("#conversations li >> nth=1", state="detached")
@@ -191,6 +193,7 @@ def test_export_and_import_give_the_conversation_back(page, fake, tmp_path):
         page.get_by_label("Export all conversations").click()
     path = tmp_path / "export.json"
     download.value.save_as(path)
+    page.locator("#conversations .open").hover()
     page.get_by_label("Delete ask").click()
     page.locator("#confirm-yes").click()
     page.wait_for_selector("#conversations li", state="detached")
