@@ -38,7 +38,7 @@ browser:
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[post,serve]'
 	@touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python

@@ -45,9 +45,11 @@ def open_tokenizer(spec: str) -> Tokenizer:
 
 
 def checkpoint_of(path: Path, *, gguf: bool = False) -> Path:
-    """The path itself, or the newest checkpoint of a run folder."""
+    """The path itself; of a run folder its finished model, or else its newest checkpoint."""
     if path.suffix == ".gguf" and path.is_file() and not gguf:
         raise ValueError(f"{path} is a GGUF file: make a folder of it first, `dsv3 convert {path} {path.stem}/`")
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
     if (path / "checkpoints").is_dir():
         from dsv3.train.checkpoint import latest_checkpoint
 

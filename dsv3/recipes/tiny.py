@@ -1,7 +1,8 @@
-"""A whole life of a small, complete DeepSeek-V3 on a laptop CPU, in under ten minutes: `dsv3 run tiny`.
+"""A whole life of a small, complete DeepSeek-V3 on a laptop CPU, in under fifteen minutes: `dsv3 run tiny`.
 
 The architecture is V3's with every part in it (latent attention with query compression, one dense layer, 16 experts in 4
-groups with a shared one, aux-free balance, one MTP layer); only the sizes are small. Read `run` top down.
+groups with a shared one, aux-free balance, one MTP layer); only the sizes are small. Read `run` top down; what follows
+pre-training (SFT, distillation, RL) is in lessons.py. What comes out is in OUT/final, a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3.data.chat import ChatFormat
 from dsv3.data.corpus import standard_library
 from dsv3.data.shards import Progress
 from dsv3.data.tokenizer import Tokenizer
@@ -22,6 +26,7 @@ from dsv3.infer.engine import Engine, Sample
 from dsv3.infer.sampling import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.weights import load_model
+from dsv3.recipes import lessons
 from dsv3.recipes.corpus import Texts, build_shards, parse_sources, read_texts
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.optim import ScheduleConfig
@@ -63,9 +68,13 @@ class TinyConfig:
     data: tuple[str, ...] = ()
     """PATH or NAME=WEIGHT:PATH[,PATH] ...; none: the Python standard library's sources and documentation."""
     steps: int = 360
-    """Optimizer steps of 16 rows of 256 tokens."""
+    """Optimizer steps of pre-training, of 16 rows of 256 tokens; the lessons after it are as long in proportion."""
     seed: int = 0
     model: ModelConfig = MODEL
+
+    @property
+    def lessons(self) -> lessons.LessonsConfig:
+        return lessons.LessonsConfig.scaled(self.steps / 360, self.seed)
 
 
 def train_config(config: TinyConfig) -> TrainConfig:
@@ -94,21 +103,21 @@ def run(
     say: Callable[[str], None],
     bars: Callable[[Texts], AbstractContextManager[Progress | None]] = lambda texts: nullcontext(),
 ) -> dict[str, Any]:
-    """Corpus, tokenizer, pre-training, held-out bits per byte, samples, speculation, report. Returns the results."""
+    """Corpus, tokenizer, pre-training, held-out bits per byte, samples, speculation; SFT, distillation, RL; report. The results."""
     out = Path(config.out)
-    say("1/5 corpus")
+    say("1/6 corpus")
     texts = read_texts(parse_sources(config.data) or standard_library(), max_characters=8_000_000)
     for line in texts.report.lines():
         say("    " + line)
-    say("2/5 tokenizer and shards")
+    say("2/6 tokenizer and shards")
     tokenizer = _tokenizer(texts, config.model.vocab_size, out / "tokenizer")
     with bars(texts) as progress:
         shards, held_out = build_shards(texts, tokenizer, out / "shards", seed=config.seed, progress=progress)
     say(f"    {tokenizer.vocab_size:,} tokens in the vocabulary, {shards.total_tokens:,} in the corpus")
-    say(f"3/5 pre-training, {config.steps} steps")
+    say(f"3/6 pre-training, {config.steps} steps")
     trainer = build_trainer(config.model, train_config(config), shards, tokenizer, out, held_out=held_out)
     trainer.run()
-    say("4/5 the checkpoint, opened again")
+    say("4/6 the checkpoint, opened again")
     checkpoint = latest_checkpoint(out)
     assert checkpoint is not None
     model, read = load_model(checkpoint), Tokenizer.from_file(checkpoint)
@@ -121,8 +130,12 @@ def run(
         "MTP drafts accepted (greedy)": accepted / drafted if drafted else 0.0,
         "speculative text equals plain text": all(a.token_ids == b.token_ids for a, b in zip(plain, speculative)),
     }
-    say("5/5 report")
+    say("5/6 lessons: fine-tuning, distillation, reinforcement learning")
+    stages = lessons.teach(checkpoint, out / "lessons", config.lessons, say)
+    final = _finish(stages[-1].checkpoint, out / "final")
+    say("6/6 report")
     samples = [{"prompt": p, "text": s.text} for p, s in zip(PROMPTS, plain)]
+    samples += answer_questions(final, config.lessons)
     sections = {"model": config.model.to_hf(), "training": dataclasses.asdict(train_config(config))}
     report = write_report(
         out,
@@ -130,9 +143,11 @@ def run(
         config=sections,
         samples=samples,
         results=results,
+        tables=[("Lessons", *lessons.table(stages))],
         sections=[("What to try next", "\n\n".join(next_steps(out)))],
     )
-    return {**results, "samples": samples, "checkpoint": str(checkpoint), "report": str(report)}
+    results |= lessons.results(stages)
+    return {**results, "samples": samples, "checkpoint": str(checkpoint), "final": str(final), "report": str(report)}
 
 
 def baselines(texts: Texts, vocab_size: int) -> dict[str, float]:
@@ -147,9 +162,38 @@ def generate(engine: Engine, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
     return list(engine.generate(prompts, SamplingParams(max_tokens=64)))
 
 
+def answer_questions(checkpoint: Path, config: lessons.LessonsConfig) -> list[dict[str, str]]:
+    """The finished model's answers to held-out questions, as a client of the server gets them."""
+    tokenizer = Tokenizer.from_file(checkpoint)
+    engine, form = Engine(load_model(checkpoint), tokenizer), ChatFormat.of(tokenizer)
+    problems = lessons.example_questions(config)
+    prompts = [form.render(problem.messages).ids for problem in problems]
+    answers = engine.complete(prompts, SamplingParams(max_tokens=lessons.ANSWER_TOKENS))
+    return [{"prompt": f"{problem.prompt}\n", "text": answer.text} for problem, answer in zip(problems, answers)]
+
+
+def _finish(checkpoint: Path, target: Path) -> Path:
+    """The checkpoint without its training state, by links where the disk allows; whole or not there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    skip = shutil.ignore_patterns("training", "training.json")
+    shutil.copytree(checkpoint, temporary, ignore=skip, copy_function=_link)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    return target
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def next_steps(out: Path) -> list[str]:
     return [
-        f"dsv3 generate {out} --prompt 'def '",
+        f"dsv3 serve {out}          then open http://127.0.0.1:8000 and ask: What is 17 + 25?",
+        f"dsv3 chat {out}",
         f"dsv3 inspect {out}",
         "dsv3 run tiny --data YOUR_FOLDER --out runs/mine",
         f"tensorboard --logdir {out}",

@@ -68,6 +68,7 @@ def write_report(
     samples: Sequence[Mapping[str, str]],
     results: Mapping[str, Any],
     sections: Sequence[tuple[str, str]] = (),
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = (),
 ) -> Path:
     """Write RUN_FOLDER/report.html from its metrics.jsonl, whole or not at all; returns the path.
 
@@ -76,6 +77,7 @@ def write_report(
         samples: `prompt`, `text` (the continuation), and any further field as a remark (`temperature`).
         results: what was measured, name to number or text.
         sections: further (heading, plain text) parts; a blank line starts a paragraph.
+        tables: (heading, columns, rows), shown behind the results; the first column names the row.
 
     Raises:
         ValueError: the run has no metrics.jsonl, or it is damaged.
@@ -85,6 +87,7 @@ def write_report(
     parts = [
         f"<header><h1>{_text(title)}</h1>{_tiles(records)}</header>",
         _section("Results", _table(results)) if results else "",
+        *(_section(heading, _columns(columns, rows)) for heading, columns, rows in tables),
         _section("Loss", _grid(_loss_figures(records))),
         _section("Samples", _samples(samples)),
         _section("Expert load", _load(records, config)),
@@ -182,6 +185,18 @@ def _table(rows: Mapping[str, Any]) -> str:
         f'<tr><th scope="row">{_text(k)}</th><td class="number">{_text(human(v))}</td></tr>' for k, v in rows.items()
     )
     return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
+
+
+def _columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col"{_right(i)}>{_text(name)}</th>' for i, name in enumerate(columns))
+    body = "".join(
+        "<tr>" + "".join(f"<td{_right(i)}>{_text(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _right(column: int) -> str:
+    return ' class="number"' if column else ""
 
 
 def _config(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,233 @@
+"""What the tiny model is taught after pre-training: the second half of `dsv3 run tiny`, read top down in `teach`.
+
+    questions   made on the spot: sums of small numbers, and words to spell backward (reasoning-gym's task); some are held out
+    SFT         on questions with their answers: the chat format, and a start
+    distil      the model's own answers to new questions, several to each; the right ones become the next SFT set
+    RL          GRPO on further questions, rewarded by rule
+    table       after each stage: held-out questions answered right, and MTP drafts accepted meanwhile
+
+The same functions as the verbs `dsv3 sft`, `distill` and `rl` call; only the sizes are small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.data.chat import ChatFormat, with_template
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.infer.engine import Engine
+from dsv3.model.transformer import DeepseekV3
+from dsv3.model.weights import load_model
+from dsv3.post.rewards import Rewarder
+from dsv3.post.rl import RlConfig, run_rl
+from dsv3.post.rollout import Prompt, Tally, sample
+from dsv3.post.tasks import Arithmetic, Problem, ReasoningGym, Split, Task
+from dsv3.train.metrics import write_atomic
+from dsv3.train.sft import SftConfig, run_sft
+
+Say = Callable[[str], None]
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessonsConfig:
+    """Sizes of the stages; the defaults take about six minutes on two cores. `scaled` to a shorter run."""
+
+    samples: int = 5000
+    """Questions of each task in the first SFT set."""
+    questions: int = 1500
+    """New ones that the model answers itself, four times each, for the second set."""
+    rl_steps: int = 60
+    held_out: int = 200
+    """Questions of each task that accuracy is measured on."""
+    seed: int = 0
+
+    @classmethod
+    def scaled(cls, share: float, seed: int) -> LessonsConfig:
+        """For a run whose pre-training is `share` of the whole one; never larger than the defaults."""
+        share = min(1.0, share)
+        sizes = {
+            name: max(2, round(getattr(cls, name) * share)) for name in ("samples", "questions", "rl_steps", "held_out")
+        }
+        return cls(**sizes, seed=seed)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table. accuracy: by task; acceptance: of MTP drafts, greedy."""
+
+    name: str
+    checkpoint: Path
+    accuracy: Mapping[str, float]
+    acceptance: float
+
+
+def tasks() -> dict[str, Task]:
+    return {
+        "sums": Arithmetic(terms=2, digits=2, operators="+-"),
+        "words backward": ReasoningGym("spell_backward", min_word_len=3, max_word_len=5),
+    }
+
+
+def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]:
+    """Take a pre-trained checkpoint through all stages, each in a folder of its own under `out`; each resumes or is kept.
+
+    Raises:
+        ValueError: reasoning-gym is not installed (pip install 'dsv3[post]'), or a stage's data are not usable.
+    """
+    known = tasks()
+    stages = [examine("pre-trained", base, known, config)]
+    _tell(stages[-1], say)
+
+    data = [write_questions(out / "data" / f"{_file(name)}.jsonl", task, config) for name, task in known.items()]
+    sft = run_sft(_sft(base, data, out / "sft", config, first_lr=1.5e-3, epochs=2), _quiet)
+    stages.append(examine("SFT", Path(sft["checkpoint"]), known, config))
+    _tell(stages[-1], say)
+
+    own = write_own_answers(stages[-1].checkpoint, out / "data" / "own.jsonl", known, config, say)
+    if own is not None:
+        distilled = run_sft(_sft(stages[-1].checkpoint, [own], out / "distil", config, first_lr=5e-4, epochs=1), _quiet)
+        stages.append(examine("distillation", Path(distilled["checkpoint"]), known, config))
+        _tell(stages[-1], say)
+
+    checkpoint = stages[-1].checkpoint
+    rl = run_rl(
+        load_model(checkpoint, dtype="float32"),
+        Tokenizer.from_file(checkpoint),
+        dict.fromkeys(known.values(), 1.0),
+        _rl(config),
+        out / "rl",
+        say=_quiet,
+    )
+    stages.append(examine("RL", Path(rl["checkpoint"]), known, config))
+    _tell(stages[-1], say)
+    return stages
+
+
+def _sft(base: Path, data: list[Path], out: Path, config: LessonsConfig, *, first_lr: float, epochs: int) -> SftConfig:
+    return SftConfig(
+        checkpoint=base, data=tuple(map(str, data)), out=out, epochs=epochs, batch_size=16, micro_batch=16, seq_len=256,
+        first_lr=first_lr, eval_every=1000, keep_last=1, seed=config.seed,
+    )  # fmt: skip
+
+
+def _rl(config: LessonsConfig) -> RlConfig:
+    return RlConfig(
+        steps=config.rl_steps, prompts=32, group=8, minibatches=1, max_tokens=ANSWER_TOKENS, lr=1e-4,
+        micro_batch=64, eval_every=10**6, eval_problems=50, save_every=20, keep_last=1, seed=config.seed,
+    )  # fmt: skip
+
+
+def write_questions(path: Path, task: Task, config: LessonsConfig) -> Path:
+    """Answered questions of the training side as JSON lines of messages, unless they are there."""
+    side = Split(task, "train", seed=config.seed)
+    problems = [side.problem(index) for index in range(config.samples)]
+    return _write(path, [(problem, problem.answer) for problem in problems])
+
+
+def write_own_answers(
+    checkpoint: Path, path: Path, known: Mapping[str, Task], config: LessonsConfig, say: Say
+) -> Path | None:
+    """Questions that no stage has seen, with answers of the model itself that are right; of equal answers one is kept.
+    None: too few are right to learn from."""
+    if path.exists():
+        return path
+    model, tokenizer = load_model(checkpoint), Tokenizer.from_file(checkpoint)
+    kept, asked = [], 0
+    for task in known.values():
+        side = Split(task, "train", seed=config.seed + 1)
+        problems = [side.problem(index) for index in range(config.questions)]
+        answers = _answers(Engine(model, tokenizer), tokenizer, problems, group=4, temperature=1.0, seed=config.seed)
+        asked += sum(map(len, answers))
+        for problem, group in zip(problems, answers):
+            right = {text for text, is_right in group if is_right}
+            kept += [(problem, text) for text in sorted(right)]
+    say(f"    of {asked:,} own answers {len(kept):,} are right and not said twice")
+    return None if len(kept) < 16 else _write(path, kept)
+
+
+def examine(name: str, checkpoint: Path, known: Mapping[str, Task], config: LessonsConfig) -> Stage:
+    """Greedy answers to held-out questions, by the engine."""
+    model, tokenizer = load_model(checkpoint), Tokenizer.from_file(checkpoint)
+    tokenizer = tokenizer if "chat_template" in tokenizer.config else with_template(tokenizer)
+    accuracy, tally = {}, Tally()
+    for task_name, task in known.items():
+        problems = list(Split(task, "held-out", seed=config.seed).problems(config.held_out))
+        answers = _answers(
+            _engine(model, tokenizer), tokenizer, problems, group=1, temperature=0.0, seed=0, tally=tally
+        )
+        accuracy[task_name] = sum(right for group in answers for _, right in group) / len(problems)
+    return Stage(name, checkpoint, accuracy, next(iter(tally.acceptance()), 0.0))
+
+
+def _answers(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    *,
+    group: int,
+    temperature: float,
+    seed: int,
+    tally: Tally | None = None,
+) -> list[list[tuple[str, bool]]]:
+    """For each problem the answers' texts, and whether they are right."""
+    form, rewarder = ChatFormat.of(tokenizer), Rewarder()
+    prompts = [Prompt(problem=p, ids=form.render(p.messages).ids, number=i) for i, p in enumerate(problems)]
+    groups = sample(
+        engine, prompts, group=group, max_tokens=ANSWER_TOKENS, seed=seed, decode=tokenizer.decode,
+        temperature=temperature, tally=tally,
+    )  # fmt: skip
+    out = []
+    for problem, answers in zip(problems, groups):
+        scores = rewarder.score_all([(problem, answer.text, answer.finish == "stop") for answer in answers])
+        out.append([(answer.text, score.right) for answer, score in zip(answers, scores)])
+    return out
+
+
+def _engine(model: DeepseekV3, tokenizer: Tokenizer) -> Engine:
+    return Engine(model, tokenizer, cache_gb=0.3)
+
+
+def table(stages: list[Stage]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, for the console and the report."""
+    names = list(stages[0].accuracy)
+    columns = ["stage", *(f"{name}, right" for name in names), "MTP drafts accepted"]
+    rows = [[s.name, *(f"{s.accuracy[name]:.1%}" for name in names), f"{s.acceptance:.1%}"] for s in stages]
+    return columns, rows
+
+
+def results(stages: list[Stage]) -> dict[str, Any]:
+    return {f"{name}, {stage.name}": round(stage.accuracy[name], 4) for stage in stages for name in stage.accuracy}
+
+
+def example_questions(config: LessonsConfig) -> list[Problem]:
+    """A held-out question of each task, to try."""
+    return [Split(task, "held-out", seed=config.seed).problem(0) for task in tasks().values()]
+
+
+def _write(path: Path, answered: list[tuple[Problem, str]]) -> Path:
+    lines = [
+        json.dumps({"messages": [*problem.messages, {"role": "assistant", "content": answer}]}, ensure_ascii=False)
+        for problem, answer in answered
+    ]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _file(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _tell(stage: Stage, say: Say) -> None:
+    right = ", ".join(f"{name} {share:.1%}" for name, share in stage.accuracy.items())
+    say(f"    {stage.name}: {right} right; {stage.acceptance:.1%} of MTP drafts accepted")
+
+
+def _quiet(text: str) -> None:
+    """The stages' own words are in their folders' metrics and reports."""
