@@ -328,7 +328,7 @@ class Planner:
             temperature = 0.3 * temperature if temperature <= 1 else temperature - 0.7
         ignore_eos = more.pop("ignore_eos", False) or bool(request.ignore_eos)
         try:
-            return SamplingParams(
+            params = SamplingParams(
                 max_tokens=self._room(prompts, wanted),
                 min_tokens=request.min_tokens or 0,
                 temperature=temperature,
@@ -349,6 +349,19 @@ class Planner:
             )
         except ValueError as error:
             raise refuse(str(error).split(" ")[0], str(error)) from None
+        self._check_scores(prompts, params)
+        return params
+
+    def _check_scores(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        scores = 0 if params.logprobs is None else len(prompts) * params.n * params.max_tokens * (params.logprobs + 1)
+        if params.prompt_logprobs is not None:
+            scores += sum(map(len, prompts)) * (params.prompt_logprobs + 1)
+        if scores > self.settings.max_scores:
+            raise refuse(
+                "logprobs",
+                f"logprobs would be {scores:,} for all tokens and alternatives, {self.settings.max_scores:,} may be told in one "
+                "request: ask for fewer alternatives, tokens or answers",
+            )
 
     def _room(self, prompts: list[list[int]], wanted: int | None) -> int:
         """max_tokens: what was asked for, within what is left."""

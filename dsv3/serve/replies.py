@@ -191,8 +191,7 @@ class ChatBody(Body):
         self._count_reasoning(answer, self.tallies[index], delta.token_ids)
         if self.plan.logprobs is not None:
             told = [self._logprob(score) for score in delta.scores]
-            answer.logprobs += told
-            answer.untold += told
+            (answer.untold if self.plan.stream else answer.logprobs).extend(told)
         events = answer.parser.push(delta.text) if delta.text else []
         if delta.finish_reason is not None:
             events = [*events, *answer.parser.finish()]
@@ -324,7 +323,7 @@ class CompletionBody(Body):
                 self._tell(text, logprobs, score.token, score)
         text.text += piece
         text.finish = delta.finish_reason
-        if logprobs is not None:
+        if logprobs is not None and not self.plan.stream:
             for name, values in logprobs.items():
                 text.logprobs[name] += values
         told = (

@@ -46,6 +46,7 @@ class ServeSettings:
         reasoning: whether replies begin with reasoning; None: as the chat format says.
         default_max_tokens: of answers that name no bound.
         max_choices: answers of one request (prompts times n). max_waiting: answers that may wait for a place.
+        max_scores: log-probabilities that one request may be told, alternatives included: they take memory.
         max_body_bytes, body_timeout_s: of a request's body.
         keep_alive_s: silence after which a comment (stream) or a blank line (JSON) is sent. 0: never.
         request_timeout_s: longest life of a request. send_timeout_s: longest wait for a client to read.
@@ -65,7 +66,8 @@ class ServeSettings:
     default_max_tokens: int = 4096
     max_choices: int = 128
     max_waiting: int = 256
-    max_body_bytes: int = 16 * 2**20
+    max_scores: int = 2**20
+    max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
     keep_alive_s: float = 10.0
     request_timeout_s: float = 1800.0
@@ -77,7 +79,14 @@ class ServeSettings:
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        least = {"default_max_tokens": 1, "max_choices": 1, "max_waiting": 1, "max_body_bytes": 1024, "max_backlog": 1}
+        least = {
+            "default_max_tokens": 1,
+            "max_choices": 1,
+            "max_waiting": 1,
+            "max_scores": 1,
+            "max_body_bytes": 1024,
+            "max_backlog": 1,
+        }
         least |= {"max_connections": 1, "drain_s": 0, "keep_alive_s": 0}
         for name, low in least.items():
             if getattr(self, name) < low:

@@ -84,7 +84,8 @@ class Ticket:
         if not self._unread and self._fault is None:
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
             except TimeoutError:
                 return []
         if self._fault is not None:

@@ -81,6 +81,19 @@ def test_scoring_always_tells_the_token_it_drew():
     assert not text(prompt=[5, 6], echo=True, logprobs=1, max_tokens=2).scoring
 
 
+def test_log_probabilities_of_a_request_are_bounded():
+    small = planner(max_scores=1000)
+    assert text(small, prompt=[5] * 400, echo=True, logprobs=1, max_tokens=0).params.prompt_logprobs == 1
+    for fields in (
+        dict(prompt=[5] * 501, echo=True, logprobs=1, max_tokens=0),
+        dict(prompt=[5], logprobs=1, max_tokens=501),
+    ):
+        with pytest.raises(ApiError, match="1,000 may be told"):
+            text(small, **fields)
+    with pytest.raises(ApiError, match="fewer"):
+        chat(small, logprobs=True, top_logprobs=20, n=2, max_tokens=100)
+
+
 def test_fill_in_the_middle_is_rendered_with_its_tokens():
     [ids] = text(prompt="a", suffix="b").prompts
     marks = [TOKENIZER.fim_begin_id, TOKENIZER.fim_hole_id, TOKENIZER.fim_end_id]
