@@ -23,9 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsv3.kernels.attention import PAGE
 from dsv3.model.config import ModelConfig
-
-PAGE = 64
 
 
 class PageStore:

@@ -2,7 +2,8 @@
 
 A step's rows are ragged: chunks of prompts beside single tokens and their drafts. `Runner` is the model's own forward, sequences
 of equally many tokens together, on any device. `NativeRunner` is the kernels of dsv3.kernels.decode, where they fit the model
-(a CPU, a C compiler, float32, bfloat16 or FP8): faster, and no row depends on what else runs.
+(a CPU, a C compiler, float32, bfloat16 or FP8): faster, and no row depends on what else runs. On a GPU dsv3.infer.graphs
+replays decode steps as CUDA graphs.
 Legend: N rows of a step, D model, V vocabulary, K top-k.
 """
 
@@ -121,7 +122,10 @@ def open_runner(model: DeepseekV3, cache_gb: float, *, mtp: bool) -> Runner:
         raise ValueError(
             f"a cache of {cache_gb} GB holds {pages} pages of {page:,} bytes, two are the least: give more"
         )
-    return (NativeRunner if native.fits(model) else Runner)(model, pages, mtp=mtp)
+    from dsv3.infer import graphs  # which builds on Runner
+
+    kind = NativeRunner if native.fits(model) else graphs.GraphRunner if graphs.fits(model) else Runner
+    return kind(model, pages, mtp=mtp)
 
 
 def _of_one_length(segments: Sequence[Segment]) -> list[list[int]]:
