@@ -21,6 +21,7 @@ from fractions import Fraction
 
 from dsv3.evals.symbolic import Judge, shared_judge
 
+_FARTHEST = 2000  # characters to look for the end of an answer
 _LONGEST = 400  # characters of an answer; longer ones are no answers, and cost a parser dear
 
 
@@ -74,6 +75,7 @@ _SAID = re.compile(
     r"(?:(?:final\s+|correct\s+)?answer\s*(?:\*\*)?\s*(?:is|are|:|：|=)(?:\*\*)?\s*:?|(?:答案|结果)(?:是|为|[:：]))[ \t]*",
     re.IGNORECASE,
 )
+_SAID_NEXT = re.compile(rf"(?:The\s+|So\s+)?(?:{_SAID.pattern})", re.IGNORECASE)
 _CORRECTED = re.compile(
     r"\b(wait|no|actually|instead|correct\w*|mistake|wrong|sorry|recheck|recompute|but|however)\b|不对|错", re.I
 )
@@ -83,6 +85,13 @@ _SIDE_BY_SIDE = 60  # characters between two answers that are one statement
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of every closed \\boxed{} and \\fbox{}, an inner one within its outer's content only."""
+    ends: dict[int, int] = {}  # opening brace -> the one that closes it
+    opened: list[int] = []
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
+        if brace.group() == "{":
+            opened.append(brace.start())
+        elif opened:
+            ends[opened.pop()] = brace.start()
     found, at = [], 0
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(?=[^\s{]))", text):
         if match.start() < at:
@@ -90,14 +99,10 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         if not match.group().endswith("{"):  # \boxed5
             found.append((match.start(), match.end() + 1, text[match.end()]))
             continue
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            escaped = text[end - 1] == "\\" and text[end] in "{}"
-            depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
-            end += 1
-        if not depth:
-            found.append((match.start(), end, text[match.end() : end - 1]))
-            at = end
+        end = ends.get(match.end() - 1)
+        if end is not None:
+            found.append((match.start(), end + 1, text[match.end() : end]))
+            at = end + 1
     return found
 
 
@@ -124,8 +129,10 @@ def find_answer(text: str, *, several: bool = False) -> str | None:
         return _settle(hashed, text)
     if re.search(r"\\(?:boxed|fbox)\s*\{", text):  # never closed
         return None
-    said = [(m.start(), m.end(), _said(text[m.end() :])) for m in _SAID.finditer(text)]
-    said = [found for found in said if not _SAID.search(found[2])]  # "Final Answer: the final answer is" is one
+    marks = [
+        m for m in _SAID.finditer(text) if not _SAID_NEXT.match(text, m.end())
+    ]  # "Final Answer: the answer is" is one
+    said = [(m.start(), m.end(), _said(text[m.end() : m.end() + _FARTHEST])) for m in marks]
     if said:
         return _settle([(a, b + len(c), c) for a, b, c in said], text)
     return _come_to(text)
@@ -154,7 +161,7 @@ def _said(rest: str) -> str:
         rest.split("\n", 1)[0].strip() if rest.strip() and not rest.startswith("\n") else rest.strip().split("\n", 1)[0]
     )
     rest = re.sub(r"^(?:therefore|thus|then|simply|just|about|equal to|:)\s+", "", rest.strip("* "))
-    maths = re.match(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$([^$]+)\$", rest)
+    maths = re.match(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|(?<!\\)\$((?:\\.|[^$\\])+)\$", rest)
     if maths and (len(rest) == maths.end() or not re.match(r"\s*(?:\w|[$\\])", rest[maths.end() :])):
         return next(g for g in maths.groups() if g is not None)
     rest = re.split(r"[.。!](?:\s|$)|[。；;]", rest, maxsplit=1)[0].strip(" *\"'")
@@ -176,7 +183,7 @@ def _come_to(text: str) -> str | None:
     sentence = [s for s in re.split(r"(?<=[.。!])\s+", line) if s.strip()][-1].rstrip(".。! ")
     if re.search(r"\b(or|either|maybe|perhaps|not)\b", sentence, re.IGNORECASE):
         return None
-    maths = re.findall(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$([^$]+)\$", sentence)
+    maths = re.findall(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|(?<!\\)\$((?:\\.|[^$\\])+)\$", sentence)
     if maths and number(sentence) is None:
         return _after_equals(next(g for g in maths[-1] if g))
     after = _after_equals(sentence)
@@ -218,13 +225,19 @@ _NO_UNITS = frozenset(
 )  # fmt: skip
 
 
+_RELATION = re.compile(r"=|<|>|\\le|\\ge|\\in\b")
+_NAMED = re.compile(r"^[A-Za-z](?:\([a-z]\))?\s*(?:=|\\in\b)\s*")
+
+
 def clean(text: str) -> str:
     """An answer without what does not change its meaning: dollars around it, spacing, \\left, \\text, bold, a full stop."""
     text = text.strip()
+    while (box := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) and _balanced(box[1]):
+        text = box[1].strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")):
         if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
-            text = inner.strip() if opening not in inner else text
+            text = inner.strip() if opening not in inner.replace(r"\$", "") else text
     text = text.replace(r"\$", "$").replace("−", "-").replace("–", "-").replace("\u00a0", " ").replace("：", ":")
     text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\!", "").replace("\\\n", " ")
     text = re.sub(r"(\d)\\[,;: ](?=\d{3}(?!\d))", r"\1,", text)
@@ -246,6 +259,11 @@ def number(text: str) -> tuple[Fraction, str] | None:
         return None
     cleaned = re.sub(r"^[A-Za-z]\w?\s*=\s*|^\\approx ?", "", clean(text))
     cleaned = re.sub(r"^(-?)\{(.*)\}$", r"\1\2", cleaned)
+    repeating = re.fullmatch(r"(-?)(\d*)\.(\d{0,20})\\overline\{(\d{1,20})\}", cleaned)
+    if repeating:
+        sign, whole, fixed, period = repeating.groups()
+        size = Fraction(int(whole + fixed or "0") + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
+        return (-size if sign else size), ""
     match = _NUMBER.fullmatch(cleaned)
     if match is None or (match["sign"] and match["sign2"]):
         return None
@@ -300,6 +318,11 @@ def same(gold: str, answer: str, judge: Judge | None = None) -> bool:
     a, b = clean(gold), clean(answer)
     if not a or not b or len(b) > _LONGEST or not _balanced(b):
         return False
+    if bool(_RELATION.search(a)) != bool(_RELATION.search(b)):  # y = 2x and 2x say the same, and nothing longer does
+        a, b = _NAMED.sub("", a), _NAMED.sub("", b)
+        if _RELATION.search(a) or _RELATION.search(b):
+            return False
+        gold, answer = a, b
     ours, theirs = number(gold), number(answer)
     if ours is not None:
         return theirs is not None and _same_number(ours, theirs)
@@ -317,11 +340,6 @@ def same(gold: str, answer: str, judge: Judge | None = None) -> bool:
         return False
     if _costly(a) or _costly(b):
         return False
-    relation = r"=|<|>|\\le|\\ge|\\in\b"
-    if re.search(relation, b) and not re.search(relation, a):
-        b = re.sub(r"^[A-Za-z](?:\([a-z]\))?\s*(?:=|\\in\b)\s*", "", b)  # y = 2x answers 2x, and nothing longer does
-        if re.search(relation, b):
-            return False
     return (judge or shared_judge()).equal(a, b)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 pytest.importorskip("lm_eval")
+pytest.importorskip("accelerate")  # HFLM imports it
 
 from lm_eval.api.instance import Instance
 

@@ -2,14 +2,27 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from dsv3.evals.models import Answer, EngineModel, Failure, Sampling, Scored
 from dsv3.evals.run import compare, read_log, run, table
-from dsv3.evals.tasks import Item, Task, open_task
+from dsv3.evals.tasks import Item, Task, Tools, open_task
 from tests.evals.data import OWN_CODE, OWN_GSM8K
 from tests.infer.letters import engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_set_of_tools():
+    """One maths helper and sandbox for all runs of this file: starting sympy takes a second."""
+    import dsv3.evals.run as module
+
+    tools, real = Tools(), module.Tools
+    module.Tools = lambda: SimpleNamespace(judge=tools.judge, sandbox=tools.sandbox, close=lambda: None)
+    yield
+    module.Tools = real
+    tools.close()
 
 
 class Script:

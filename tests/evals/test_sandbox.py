@@ -13,7 +13,7 @@ import pytest
 from dsv3.evals.sandbox import Limits, Program, Sandbox, SandboxError, run_python
 
 LIMITS = Limits(seconds=5, memory_mb=192, disk_mb=4, processes=8, output_kb=16)
-QUICK = Limits(seconds=1, memory_mb=192, disk_mb=4, processes=8, output_kb=16)
+QUICK = Limits(seconds=0.5, memory_mb=192, disk_mb=4, processes=8, output_kb=16)
 
 
 @pytest.fixture(scope="module", params=["namespaces", "seccomp"])
