@@ -13,7 +13,8 @@
 #include "product.h"
 #include "team.h"
 
-#define FEW 2 /* rows whose norms every thread makes for itself */
+#define FEW 2   /* rows whose norms every thread makes for itself */
+#define SOME 16 /* rows whose work the threads share evenly, each knowing its part */
 
 typedef struct { long sequence, row, rows; } Block; /* rows of one sequence that attend together */
 typedef struct {
@@ -28,7 +29,6 @@ typedef struct {
 } Step;
 typedef struct { /* a thread's own */
     Worker worker;
-    int id;
     float *few, *panel;
     AttentionWork attention;
     int32_t *copies, *offsets; /* (N·K,) copies by expert, (E + 1,) where each begins */
@@ -82,15 +82,17 @@ long decode_bytes(const Model *m, long rows, int threads) {
     return a.used;
 }
 
-/* The next of a phase's units for this thread, [*from, result). Few rows wait for memory, which likes long runs, and a run's next
-   strip is fetched ahead into the core that will want it; many rows make each unit long enough. */
-static long claim_run(Self *self, long rows, long units, long runs, long *from) {
-    const long many = self->worker.team->size * runs, each = rows > 32 ? 1 : (units + many - 1) / many;
-    *from = claim(&self->worker) * each;
+/* The next of a phase's units for this thread, [*from, result). Some rows: one even share each, without asking the others, for a
+   word that goes from core to core costs more than what it might balance; and what a share reads it reads in one run, whose next
+   strip is fetched ahead into the core that will want it. Many rows: one unit at a time, whoever is free. */
+static long next(Self *self, long rows) { return rows > SOME ? claim(&self->worker) : claim_own(&self->worker); }
+static long claim_run(Self *self, long rows, long units, long *from) {
+    const long size = self->worker.team->size, each = rows > SOME ? 1 : (units + size - 1) / size;
+    *from = next(self, rows) * each;
     return least(*from + each, units);
 }
 #define EACH(i, units) \
-    for (long i, end_; end_ = claim_run(self, s->rows, units, 6, &i), i < (units);) \
+    for (long i, end_; end_ = claim_run(self, s->rows, units, &i), i < (units);) \
         for (; i < end_; i++)
 
 /* -- phases -------------------------------------------------------------------------------------------------------------- */
@@ -193,7 +195,7 @@ static void attention(const Step *s, Self *self, const Layer *layer, const char 
     long heads = least(m->heads, QUERIES / s->most_rows);
     while (heads > 1 && s->blocks * ((m->heads + heads - 1) / heads) < self->worker.team->size) heads = (heads + 1) / 2;
     const long groups = (m->heads + heads - 1) / heads;
-    for (long i; (i = claim(&self->worker)) < s->blocks * groups;) {
+    for (long i; (i = next(self, s->rows)) < s->blocks * groups;) {
         const Block *b = s->block + i / groups;
         const long head = i % groups * heads, r = b->row;
         attend(m, layer, &self->attention, latents, (int)s->store.kind, s->pages + s->sequences[b->sequence * 3 + 2], first_key,
@@ -269,7 +271,7 @@ static void feed_forward(const Step *s, Self *self, const Layer *layer, long moe
     const long N = s->rows, K = m->top_k, routes = layer->router.at ? (N + 3) / 4 : 0;
     int64_t *chosen = s->chosen + moe * N * K;
     const float *x = normalise(s, self, s->x, layer->post_norm, m->dim);
-    for (long i; (i = claim(&self->worker)) < routes + strips(&layer->mlp.gate);) {
+    for (long i; (i = next(self, N)) < routes + strips(&layer->mlp.gate);) {
         if (i >= routes) gate_up_strip(&layer->mlp, (i - routes) * STRIP, N, x, NULL, 1, NULL, self->panel, s->shared);
         else for (long r = i * 4; r < least(N, i * 4 + 4); r++) route(m, layer, x + r * m->dim, chosen + r * K, s->weights + r * K);
     }
@@ -284,12 +286,12 @@ static void feed_forward(const Step *s, Self *self, const Layer *layer, long moe
             gate_up_strip(&one, i % per * STRIP, self->offsets[e + 1] - from, x, self->copies + from, K, s->weights, self->panel,
                           s->act + from * one.gate.rows);
         }
-        if (self->id == 0 && s->counts)
+        if (self->worker.id == 0 && s->counts)
             for (long e = 0; e < m->experts; e++) s->counts[moe * m->experts + e] += self->offsets[e + 1] - self->offsets[e];
         meet(&self->worker);
     }
     const long all = (m->dim + STRIP - 1) / STRIP;
-    for (long i, end; end = claim_run(self, N, all, 2, &i), i < all;) {
+    for (long i, end; end = claim_run(self, N, all, &i), i < all;) {
         if (layer->mlp.down.at)
             for (long j = i; j < end; j++) down_strip(&layer->mlp.down, j * STRIP, N, s->shared, NULL, 1, self->panel, s->x);
         for (long u = 0; u < self->used; u++) {
@@ -399,7 +401,7 @@ void decode_step(const Model *m, const Store *store, const int64_t *plan, long s
 #pragma omp single
         team.size = omp_get_num_threads();
         Self *self = selves + id;
-        self->id = id, self->worker.team = &team;
+        self->worker = (Worker){&team, id, 0, -1};
         whole_step(&s, self, mtp, previous, states);
     }
 }

@@ -1,7 +1,7 @@
-/* The threads of one step: tasks are claimed one at a time, and all meet between phases.
+/* The threads of one step: tasks are claimed one at a time or known beforehand, and all meet between phases.
 
-   A task's numbers do not depend on who does it, so claiming is free of any order. Who waits spins a little, then yields:
-   on a machine that runs other things too, the thread waited for may need this one's core. */
+   A task's numbers do not depend on who does it. Who waits spins a little, then yields: on a machine that runs other things too,
+   the thread waited for may need this one's core. */
 #pragma once
 #include <sched.h>
 #include <stdatomic.h>
@@ -14,10 +14,15 @@ typedef struct {
     _Alignas(64) atomic_int generation;
     _Alignas(64) int size;
 } Team;
-typedef struct { Team *team; long phase; } Worker;
+typedef struct { Team *team; int id; long phase, own; } Worker;
 
 static inline long claim(Worker *w) {
     return atomic_fetch_add_explicit(&w->team->next[w->phase % 3 * APART], 1, memory_order_relaxed);
+}
+/* The same without asking the others: every size-th task is this thread's. */
+static inline long claim_own(Worker *w) {
+    w->own = w->own < 0 ? w->id : w->own + w->team->size;
+    return w->own;
 }
 static inline void meet(Worker *w) {
     Team *t = w->team;
@@ -34,4 +39,5 @@ static inline void meet(Worker *w) {
 #endif
     }
     w->phase++;
+    w->own = -1;
 }
