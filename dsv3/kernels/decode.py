@@ -28,6 +28,7 @@ from dsv3.kernels import native
 
 SOURCES = Path(__file__).parent / "decode"
 _PACED = 64  # rows from which a step is long enough to take all threads at any time
+PAGE = 64  # tokens of a page, as in the C sources
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 
 
@@ -141,7 +142,7 @@ class Pace:
 
 
 class Decoder:
-    """A model and a page store, ready to run.
+    """A model and a page store, ready to run, one call at a time.
 
     Args:
         model: with all addresses filled in; `keep` holds what they point to.
@@ -156,8 +157,8 @@ class Decoder:
         self._store = Store(latents.data_ptr(), KINDS[latents.dtype], latents.shape[1])
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._room = (0, 0)  # rows and threads that the memory serves
-        sizes = range(_PACED.bit_length())
-        self._step_paces, self._logits_paces = [Pace() for _ in sizes], [Pace() for _ in sizes]
+        # By what runs, and the size of its step.
+        self._paces = {what: [Pace() for _ in range(_PACED.bit_length())] for what in ("main", "mtp", "logits")}
 
     def step(
         self, segments: Sequence[Segment], *, chosen: Tensor | None = None, counts: Tensor | None = None,
@@ -173,6 +174,7 @@ class Decoder:
         """
         plan, tokens, pages = [], [], []
         for s in segments:
+            assert s.start + len(s.tokens) <= len(s.pages) * PAGE, (s.start, len(s.tokens), len(s.pages))
             plan += (s.start, len(s.tokens), len(pages))
             tokens += s.tokens
             pages += s.pages
@@ -180,7 +182,7 @@ class Decoder:
         flat = (c_long * (len(plan) + rows + len(pages)))(*plan, *tokens, *pages)
         states = torch.empty(rows, self._model.dim)
         self._call(
-            self._step_paces, rows, self._library.decode_step, ctypes.byref(self._model), ctypes.byref(self._store), flat,
+            "main" if mtp < 0 else "mtp", rows, self._library.decode_step, ctypes.byref(self._model), ctypes.byref(self._store), flat,
             c_long(len(segments)), c_long(rows), c_long(mtp), _at(previous), _at(states), _at(chosen), _at(counts),
         )  # fmt: skip
         return states
@@ -190,17 +192,17 @@ class Decoder:
         rows = len(states)
         out = torch.empty(rows, self._model.head.rows)
         model = ctypes.byref(self._model)
-        self._call(self._logits_paces, rows, self._library.decode_logits, model, _at(states), c_long(rows), _at(out))
+        self._call("logits", rows, self._library.decode_logits, model, _at(states), c_long(rows), _at(out))
         return out
 
-    def _call(self, paces: list[Pace], rows: int, function: Callable[..., None], *arguments: object) -> None:
+    def _call(self, what: str, rows: int, function: Callable[..., None], *arguments: object) -> None:
         threads = torch.get_num_threads()
         if not rows:
             return
         if rows > self._room[0] or threads != self._room[1]:
             size = self._library.decode_bytes(ctypes.byref(self._model), c_long(rows), c_int(threads))
             self._memory, self._room = torch.empty(size + 64, dtype=torch.uint8), (rows, threads)
-        pace = paces[rows.bit_length() - 1] if threads > 1 and rows < _PACED else None
+        pace = self._paces[what][rows.bit_length() - 1] if threads > 1 and rows < _PACED else None
         together = pace is None or pace.together()
         start = time.perf_counter()
         function(*arguments, _at(self._memory), c_int(threads if together else 1))
