@@ -182,7 +182,8 @@ class Decoder:
         flat = (c_long * (len(plan) + rows + len(pages)))(*plan, *tokens, *pages)
         states = torch.empty(rows, self._model.dim)
         self._call(
-            "main" if mtp < 0 else "mtp", rows, self._library.decode_step, ctypes.byref(self._model), ctypes.byref(self._store), flat,
+            "main" if mtp < 0 else "mtp", rows, self._library.decode_step,
+            ctypes.byref(self._model), ctypes.byref(self._store), flat,
             c_long(len(segments)), c_long(rows), c_long(mtp), _at(previous), _at(states), _at(chosen), _at(counts),
         )  # fmt: skip
         return states
