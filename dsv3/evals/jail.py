@@ -76,7 +76,7 @@ class Job:
     open_files: int
     output: int
     packages: bool
-    others: int = 0  # threads of this user that RLIMIT_NPROC counts too
+    others: int = 0  # threads that RLIMIT_NPROC counts besides the program's
     python: str = field(default_factory=lambda: os.path.realpath(sys.executable))
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -286,7 +286,9 @@ def _start(job: Job, level: str, fds: tuple[int, ...], status: int, folder: str)
 def run_job(job: Job, level: str, folder: str) -> dict[str, Any]:
     """Run one program to its end; what came of it, as JSON."""
     began = time.monotonic()
-    job.others = _tasks_of_user() if level != "namespaces" or (_kernel() < (5, 14) and os.geteuid()) else 0
+    counted = level != "namespaces" or _kernel() < (5, 14)  # else each user namespace has a count of its own
+    within = 2 if level == "namespaces" and os.geteuid() else 0  # the door and init: for root they are another user's
+    job.others = within + (_tasks_of_user() if counted and (level != "namespaces" or os.geteuid()) else 0)
     work = tempfile.mkdtemp(dir=folder)
     parts = [json.dumps({"code": job.code, "path": []}), job.tests or "", job.secret]
     words = [part.encode("utf-8", "surrogatepass") for part in parts]
@@ -437,15 +439,15 @@ def _probe(wanted: str, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Speak JSON lines: first the wanted isolation, then a job a line."""
+    """Speak JSON lines: first the wanted isolation and a folder for what is needed meanwhile, then a job a line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's Ctrl-C is the caller's to answer: it closes stdin
     reader, answer = sys.stdin.buffer, os.fdopen(os.dup(1), "w")
-    folder = tempfile.mkdtemp(prefix="dsv3-sandbox-")
+    folder, level = "", None
     try:
-        level = None
         for line in iter(reader.readline, b""):
             message = json.loads(line)
             if "isolation" in message:
+                folder = message["folder"]
                 told = _probe(message["isolation"], folder)
                 level = told["level"]
             else:
@@ -456,4 +458,5 @@ def main() -> None:
     except (EOFError, BrokenPipeError):
         pass
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:  # the caller removes it too: whichever of the two lives longer
+            shutil.rmtree(folder, ignore_errors=True)

@@ -17,8 +17,10 @@ import contextlib
 import json
 import queue
 import selectors
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -172,6 +174,7 @@ class _Keeper:
     """The process at the other end (dsv3.evals.jail), and the isolation that it found."""
 
     def __init__(self, isolation: str) -> None:
+        self._folder = tempfile.mkdtemp(prefix="dsv3-sandbox-")
         root = str(Path(__file__).resolve().parents[2])
         start = f"import sys; sys.path.insert(0, {root!r}); from dsv3.evals import jail; jail.main()"
         self._process = subprocess.Popen(
@@ -185,7 +188,7 @@ class _Keeper:
         )
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         try:
-            found = self.ask({"isolation": isolation}, 60.0)
+            found = self.ask({"isolation": isolation, "folder": self._folder}, 60.0)
             if found["level"] is None:
                 raise SandboxError(
                     f"no isolation for programs here ({'; '.join(found['faults'])}): run where user namespaces or Landlock are "
@@ -223,6 +226,7 @@ class _Keeper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
         for pipe in (self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()

@@ -297,7 +297,11 @@ def test_a_keeper_that_dies_is_said_and_replaced():
         box._keepers.put(keeper)
         with pytest.raises(SandboxError, match="keeper"):
             box.run("pass")
+        assert not Path(keeper._folder).exists()
         assert box.run("pass").ok
+        folder = Path(box._keepers.queue[0]._folder)
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_a_caller_that_dies_takes_its_programs_along():
