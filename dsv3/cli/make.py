@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dsv3.cli.console import document_bars, open_tokenizer, print_table
+from dsv3.cli.console import checkpoint_of, document_bars, open_tokenizer, print_table
 
 if TYPE_CHECKING:
     from dsv3.model.config import ModelConfig
@@ -94,6 +94,13 @@ class Pretrain:
     save_every: int = 100
     keep_last: int = 2
     seed: int = 0
+    extend: Path | None = None
+    """Make the context of this checkpoint longer instead: YaRN, then the report's two phases on longer rows."""
+    extend_lengths: tuple[int, ...] = (32768, 131072)
+    """Tokens a row in each phase; --steps are of each."""
+    extend_factor: float = 40.0
+    extend_lr: float = 7.3e-6
+    """Constant over both phases: pre-training's last; a small model wants more."""
     device: str = "cpu"
 
 
@@ -142,7 +149,27 @@ def data(verb: Data) -> None:
     print_table(f"shards in {verb.out}, fingerprint {train.fingerprint[:12]}", rows)
 
 
+def _extend(verb: Pretrain) -> None:
+    """A step reads --batch-size rows of the longest length, and as many tokens in every phase."""
+    from dsv3.data.shards import open_shards
+    from dsv3.train.extend import ExtendConfig, extend_from_shards
+
+    assert verb.extend is not None
+    config = ExtendConfig(
+        lengths=verb.extend_lengths, steps=verb.steps, step_tokens=verb.batch_size * verb.extend_lengths[-1],
+        lr=verb.extend_lr, factor=verb.extend_factor, precision=verb.precision, seed=verb.seed, save_every=verb.save_every,
+        keep_last=verb.keep_last,
+    )  # fmt: skip
+    shards, tokenizer = open_shards(verb.shards / "train"), open_tokenizer(verb.tokenizer)
+    print(extend_from_shards(
+        checkpoint_of(verb.extend), config, shards, tokenizer, verb.out, device=verb.device, say=print
+    ))  # fmt: skip
+
+
 def pretrain(verb: Pretrain) -> None:
+    if verb.extend is not None:
+        _extend(verb)
+        return
     from dsv3.data.shards import open_shards
     from dsv3.recipes.tiny import MODEL
     from dsv3.train.optim import ScheduleConfig

@@ -22,6 +22,8 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.engine import Engine
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model
+from dsv3.post.distill import DistillConfig, run_distill
+from dsv3.post.distill_teacher import Sampling
 from dsv3.post.rewards import Rewarder
 from dsv3.post.rl import RlConfig, run_rl
 from dsv3.post.rollout import Prompt, Tally, sample
@@ -39,8 +41,8 @@ class LessonsConfig:
 
     samples: int = 5000
     """Questions of each task in the first SFT set."""
-    questions: int = 1500
-    """New ones that the model answers itself, four times each, for the second set."""
+    questions: int = 600
+    """New ones of each task that the model answers itself, four times each, for the second set."""
     rl_steps: int = 60
     held_out: int = 200
     """Questions of each task that accuracy is measured on."""
@@ -88,9 +90,14 @@ def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]
     stages.append(examine("SFT", Path(sft["checkpoint"]), known, config))
     _tell(stages[-1], say)
 
-    own = write_own_answers(stages[-1].checkpoint, out / "data" / "own.jsonl", known, config, say)
-    if own is not None:
-        distilled = run_sft(_sft(stages[-1].checkpoint, [own], out / "distil", config, first_lr=5e-4, epochs=1), _quiet)
+    own = run_distill(_distill(stages[-1].checkpoint, known, out, config), _quiet)
+    count = own["samples"]["r1"]
+    say(f"    {count:,} questions have a right answer of the model's own")
+    if count >= 16:
+        kept = out / "distilled" / "sft.jsonl"
+        distilled = run_sft(
+            _sft(stages[-1].checkpoint, [kept], out / "distil", config, first_lr=5e-4, epochs=1), _quiet
+        )
         stages.append(examine("distillation", Path(distilled["checkpoint"]), known, config))
         _tell(stages[-1], say)
 
@@ -122,32 +129,29 @@ def _rl(config: LessonsConfig) -> RlConfig:
     )  # fmt: skip
 
 
+def _distill(checkpoint: Path, known: Mapping[str, Task], out: Path, config: LessonsConfig) -> DistillConfig:
+    """Four answers of the model itself to each of new questions; a right one is learnt, without a system prompt."""
+    path = out / "data" / "problems.jsonl"
+    if not path.exists():
+        sides = [Split(task, "train", seed=config.seed + 1) for task in known.values()]
+        problems = [side.problem(index) for side in sides for index in range(config.questions)]
+        lines = [
+            json.dumps({"prompt": p.prompt, "answer": p.answer, "kind": "maths" if p.kind == "maths" else "text"})
+            for p in {p.prompt: p for p in problems}.values()
+        ]
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return DistillConfig(
+        prompts=(path,), out=out / "distilled", checkpoint=checkpoint, samples=4, keep=1, originals=False, system="",
+        thoughts="drop", sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=ANSWER_TOKENS, seed=config.seed),
+        concurrency=64,
+    )  # fmt: skip
+
+
 def write_questions(path: Path, task: Task, config: LessonsConfig) -> Path:
     """Answered questions of the training side as JSON lines of messages, unless they are there."""
     side = Split(task, "train", seed=config.seed)
     problems = [side.problem(index) for index in range(config.samples)]
     return _write(path, [(problem, problem.answer) for problem in problems])
-
-
-def write_own_answers(
-    checkpoint: Path, path: Path, known: Mapping[str, Task], config: LessonsConfig, say: Say
-) -> Path | None:
-    """Questions that no stage has seen, with answers of the model itself that are right; of equal answers one is kept.
-    None: too few are right to learn from."""
-    if path.exists():
-        return path
-    model, tokenizer = load_model(checkpoint), Tokenizer.from_file(checkpoint)
-    kept, asked = [], 0
-    for task in known.values():
-        side = Split(task, "train", seed=config.seed + 1)
-        problems = [side.problem(index) for index in range(config.questions)]
-        answers = _answers(Engine(model, tokenizer), tokenizer, problems, group=4, temperature=1.0, seed=config.seed)
-        asked += sum(map(len, answers))
-        for problem, group in zip(problems, answers):
-            right = {text for text, is_right in group if is_right}
-            kept += [(problem, text) for text in sorted(right)]
-    say(f"    of {asked:,} own answers {len(kept):,} are right and not said twice")
-    return None if len(kept) < 16 else _write(path, kept)
 
 
 def examine(name: str, checkpoint: Path, known: Mapping[str, Task], config: LessonsConfig) -> Stage:

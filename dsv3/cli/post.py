@@ -1,0 +1,118 @@
+"""Verbs after pre-training: `sft`, `distill`, `rl`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from dsv3.cli.console import checkpoint_of, print_table
+from dsv3.model.lora import LoraConfig
+from dsv3.post.distill import DistillConfig
+from dsv3.post.rl import RlConfig
+from dsv3.train.sft import SftConfig
+
+_KEY_VARIABLE = "DSV3_TEACHER_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(SftConfig):
+    """Fine-tune a checkpoint on conversations: JSON lines of {"messages": [...]} as OpenAI writes them, with tools, tool results and
+    reasoning_content, or of {"prompt", "response"}. Only what the assistant says is learnt; a coloured preview shows it.
+    Examples: dsv3 sft runs/tiny --data chats.jsonl --out runs/sft --first-lr 1e-3
+    dsv3 sft DeepSeek-V3-0324/ --data chats.jsonl --out runs/lora --lora-rank 16 --base-fp8"""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run folder."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """PATH, or NAME=WEIGHT:PATH[,PATH] for a mixture by weight; repeat for more."""
+    lora: tyro.conf.Suppress[LoraConfig | None] = None
+    lora_rank: int | None = None
+    """Train adapters of this rank instead of the weights; 16 is usual."""
+    lora_roles: tuple[str, ...] = ("attn", "shared", "routed")
+    """What gets adapters: of attn, shared, routed and dense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(DistillConfig):
+    """Answers of a teacher (a checkpoint, or any server with OpenAI's protocol) to problems: verified where they can be, rejected if
+    wrong, too long, of mixed language or repetitive, compared with evaluation sets; a set for `dsv3 sft`. Killed and called
+    again it asks nothing twice. A server's key is read from DSV3_TEACHER_KEY.
+    Example: dsv3 distill --prompts problems.jsonl --url https://api.deepseek.com --model deepseek-reasoner --out distilled/"""
+
+    api_key: tyro.conf.Suppress[str | None] = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rl:
+    """Reinforcement learning by rule rewards, GRPO as in the report: groups of answers by the engine in this process, judged by
+    rule, no copy of the weights, MTP kept in training. Rollouts are kept, and shown in rollouts.html. Example: dsv3 rl
+    runs/sft --task arithmetic --out runs/rl --steps 100 --prompts 32 --group 8 --minibatches 1 --max-tokens 64 --lr 1e-4"""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run folder."""
+    out: Path
+    """Folder of the run; the same command resumes an interrupted one."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """NAME[:KEY=VALUE,...][@WEIGHT]: arithmetic, a task of reasoning-gym such as chain_sum, or a .jsonl file of {"prompt",
+    "answer"} or {"prompt", "tests"}; repeat for a mixture."""
+    config: tyro.conf.OmitArgPrefixes[RlConfig]
+    device: str = "cpu"
+
+
+def sft(verb: Sft) -> None:
+    from dsv3.train.sft import run_sft
+
+    fields = {f.name: getattr(verb, f.name) for f in dataclasses.fields(SftConfig)}
+    fields["checkpoint"] = checkpoint_of(verb.checkpoint)
+    if verb.lora_rank is not None:
+        fields["lora"] = LoraConfig(rank=verb.lora_rank, roles=verb.lora_roles)
+    told = run_sft(SftConfig(**fields), say=print)
+    print(f"{told['checkpoint']}: try it with `dsv3 chat {verb.out}`")
+
+
+def distill(verb: Distill) -> None:
+    from dsv3.post.distill import run_distill
+
+    fields = {f.name: getattr(verb, f.name) for f in dataclasses.fields(DistillConfig)}
+    if verb.checkpoint is not None:
+        fields["checkpoint"] = checkpoint_of(verb.checkpoint)
+    fields["api_key"] = os.environ.get(_KEY_VARIABLE)
+    told = run_distill(DistillConfig(**fields), say=lambda text: print(text, file=sys.stderr))
+    print(told["out"])
+
+
+def rl(verb: Rl) -> None:
+    from dsv3.data.chat import with_template
+    from dsv3.data.tokenizer import Tokenizer
+    from dsv3.evals.sandbox import Sandbox
+    from dsv3.model.weights import load_model
+    from dsv3.post.rl import run_rl
+    from dsv3.post.tasks import parse_tasks
+
+    checkpoint = checkpoint_of(verb.checkpoint)
+    tasks = parse_tasks(verb.task, seed=verb.config.seed)
+    tokenizer = Tokenizer.from_file(checkpoint)
+    if "chat_template" not in tokenizer.config:
+        tokenizer = with_template(tokenizer)
+    files = any(spec.partition("@")[0].endswith(".jsonl") for spec in verb.task)
+    sandbox = Sandbox(workers=2) if files else None  # a file's problems may be code
+    try:
+        model = load_model(checkpoint, dtype="float32", device=verb.device)
+        told = run_rl(model, tokenizer, tasks, verb.config, verb.out, sandbox=sandbox, say=print)
+    finally:
+        if sandbox is not None:
+            sandbox.close()
+    before, after = told["before"], told["after"]
+    rows = [(name, f"{_shown(before[name])} -> {_shown(after[name])}") for name in before if name in after]
+    print_table(f"rl in {verb.out}", [*rows, ("rollouts", told["view"]), ("checkpoint", told["checkpoint"])])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return " ".join(map(_shown, value)) if isinstance(value, list) else str(value)
