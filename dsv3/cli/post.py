@@ -21,8 +21,8 @@ _KEY_VARIABLE = "DSV3_TEACHER_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class Sft(SftConfig):
-    """Fine-tune a checkpoint on conversations: JSON lines of {"messages": [...]} as OpenAI writes them, with tools, tool results and
-    reasoning_content, or of {"prompt", "response"}. Only what the assistant says is learnt; a coloured preview shows it.
+    """Fine-tune a checkpoint on conversations: JSON lines of {"messages": [...]} in OpenAI's form, with tools, tool results
+    and reasoning_content, or of {"prompt", "response"}. Only what the assistant says is learnt; a coloured preview shows it.
     Examples: dsv3 sft runs/tiny --data chats.jsonl --out runs/sft --first-lr 1e-3
     dsv3 sft DeepSeek-V3-0324/ --data chats.jsonl --out runs/lora --lora-rank 16 --base-fp8"""
 
@@ -39,8 +39,8 @@ class Sft(SftConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(DistillConfig):
-    """Answers of a teacher (a checkpoint, or any server with OpenAI's protocol) to problems: verified where they can be, rejected if
-    wrong, too long, of mixed language or repetitive, compared with evaluation sets; a set for `dsv3 sft`. Killed and called
+    """Answers of a teacher (a checkpoint, or any server with OpenAI's protocol) to problems: verified where they can be, rejected
+    if wrong, too long, of mixed language or repetitive, compared with evaluation sets; a set for `dsv3 sft`. Killed and called
     again it asks nothing twice. A server's key is read from DSV3_TEACHER_KEY.
     Example: dsv3 distill --prompts problems.jsonl --url https://api.deepseek.com --model deepseek-reasoner --out distilled/"""
 
