@@ -151,6 +151,17 @@ class PackedLoader:
         )
         return said
 
+    def first_row(self, most: int) -> tuple[list[int], list[bool]]:
+        """ids and mask of the first row's samples, as many as there are within `most` tokens, but one: to be looked at."""
+        ids, mask = list[int](), list[bool]()
+        for source, index in self.rows_of(0)[0]:
+            start, end = self.sources[source].offsets[index : index + 2]
+            if ids and len(ids) + end - start > most:
+                break
+            ids += self.sources[source].ids[start:end].tolist()
+            mask += self.sources[source].learn[start:end].tolist()
+        return ids, mask
+
     def _order(self, epoch: int) -> list[Pick]:
         """The epoch's samples, shuffled. A source goes through its permutations without regard to epochs."""
         picks: list[Pick] = []

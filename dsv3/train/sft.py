@@ -43,6 +43,7 @@ from dsv3.train.optim import CosineConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 
 Say = Callable[[str], None]
+_PREVIEWED = 400  # tokens of the first row that are shown with their mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +274,7 @@ def build_sft(config: SftConfig, say: Say = lambda text: None) -> SftRun:
     )
     for line in (*report.lines(), *loader.summary()):
         say(line)
-    first = parts[0][0]
-    say(preview(first.ids[: first.offsets[1]].tolist(), first.learn[: first.offsets[1]].tolist(), tokenizer))
+    say(preview(*loader.first_row(_PREVIEWED), tokenizer))
     trainer = _trainer(config, loader, tokenizer, say)
     return SftRun(trainer, tokenizer, held_out, config.eval_every)
 

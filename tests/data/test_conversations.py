@@ -215,6 +215,15 @@ def test_first_fit_fills_the_holes():
     assert loader.summary()[-1].startswith("3 rows an epoch, 2.7 samples a row, 80.0% filled")
 
 
+def test_the_first_row_is_shown_sample_by_sample():
+    loader = PackedLoader([made([6, 6])], PackingConfig(seq_len=10, epochs=1))
+    ids, mask = loader.first_row(20)
+    assert sorted(set(ids)) == [1, 2]
+    assert mask == ([False] + [True] * 5) * 2
+    assert len(loader.first_row(7)[0]) == 6
+    assert len(loader.first_row(1)[0]) == 6
+
+
 def test_any_split_into_batches_and_any_resume_gives_the_same_rows():
     sources = [made([3, 4, 5] * 7), made([2, 8] * 4, "b", start=50)]
     config = PackingConfig(seq_len=12, epochs=3, seed=1)
