@@ -7,7 +7,8 @@
 Written to be a reward too, so hard to please by anything but an answer:
     several answers     two that differ and stand side by side ("\\boxed{3} or \\boxed{4}") are no answer; after a correction, or
                         further on, the last counts
-    unworked answers    where gold is a number the answer must be one: "12*34" does not answer what 12*34 is
+    unworked answers    where gold is a number the answer must be one, and exactly it: "12*34" does not answer what 12*34 is, nor
+                        0.333 what 1 / 3 is; against roots and the like six digits count as math-verify has it
     units               5 km is not 5 m, 5 million not 5; a unit that gold does not name may stand beside the number
     an unfinished thought (<think> without its end), an empty box, a question handed back: no answer
     a gold that cannot be read raises `UnreadableGold`: the sample is to be dropped, not rewarded (open-r1 issue 293)
@@ -167,7 +168,7 @@ def _said(rest: str) -> str:
     rest = re.split(r"[.。!](?:\s|$)|[。；;]", rest, maxsplit=1)[0].strip(" *\"'")
     if number(rest) is None and _word(rest) is None:
         numbers = re.findall(_PLAIN_NUMBER, rest)
-        if len(numbers) == 1 and re.fullmatch(r"[\w\s,.'$%€£°-]*", rest):
+        if len(numbers) == 1 and not re.search(r"\bnot\b", rest) and re.fullmatch(r"[\w\s,.'$%€£°-]*", rest):
             return numbers[0]
     return rest
 
@@ -181,7 +182,7 @@ def _come_to(text: str) -> str | None:
     if number(line.rstrip(".")) is not None or not re.search(r"\s", line):
         return line.rstrip(".")
     sentence = [s for s in re.split(r"(?<=[.。!])\s+", line) if s.strip()][-1].rstrip(".。! ")
-    if re.search(r"\b(or|either|maybe|perhaps|not)\b", sentence, re.IGNORECASE):
+    if re.search(r"\b(or|either|maybe|perhaps|not)\b|n[’']t\b", sentence, re.IGNORECASE):
         return None
     maths = re.findall(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|(?<!\\)\$((?:\\.|[^$\\])+)\$", sentence)
     if maths and number(sentence) is None:
