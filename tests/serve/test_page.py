@@ -210,7 +210,7 @@ def test_export_and_import_give_the_conversation_back(page, fake, tmp_path):
 
 def test_errors_say_what_happened_and_can_be_tried_again(browser, fake):
     steps = [
-        ([Refuse(429, "Too many requests: wait 3 s", {"Retry-After": "3"})], "Too many requests"),
+        ([Refuse(429, "Too many requests.", {"Retry-After": "3"})], "Too many requests. Try again in 3 s."),
         ([Refuse(503, "The model is loading")], "The model is loading"),
         ([delta(content="par"), Cut()], "closed the connection"),
         ([delta(content="par"), {"error": {"message": "a fault in this sequence"}}], "a fault in this sequence"),
@@ -452,8 +452,11 @@ def test_a_long_conversation_lays_out_only_what_is_near(page, fake, tmp_path):
       .filter((node) => node.checkVisibility({contentVisibilityAuto: true})).length"""
     assert 0 < page.evaluate(shown) < 60
     page.wait_for_function(AT_END)
+    page.evaluate("() => { document.querySelector('.turn').mine = true; }")
     say(page, "on")
     assert len(fake.requests[0]["messages"]) == 301
+    assert page.locator(".turn").count() == 302
+    assert page.evaluate("() => document.querySelector('.turn').mine"), "turns that were there were drawn again"
 
 
 def test_two_tabs_see_each_others_conversations(page, fake):

@@ -402,6 +402,7 @@ def test_hostile_lengths_are_drawn_without_deep_trees(page):
         "$" * 5000,
     ]
     texts += ["\\(" * 3000, "[a](" * 2000, "<" * 5000, "$" + "{" * 3000 + "$", "&" * 5000, "*a_b" * 2000]
+    texts.append("*a **b " * 300 + "c** d* " * 300)
     for text in [*texts, "|" * 4000 + "\n" + "|-" * 4000]:
         assert module(page, "markdown.js", code, text) < 60, text[:10]
 

@@ -7,10 +7,9 @@
 const KEY = "dsv3.key";
 
 export class ApiError extends Error {
-  constructor(message, status = 0, retryAfter = null) {
+  constructor(message, status = 0) {
     super(message);
     this.status = status;
-    this.retryAfter = retryAfter;
   }
 }
 
@@ -43,7 +42,7 @@ async function errorOf(response) {
     // Not JSON: the status has to do.
   }
   const wait = Number(response.headers.get("Retry-After"));
-  return new ApiError(message, response.status, wait > 0 ? wait : null);
+  return new ApiError(wait > 0 ? `${message} Try again in ${wait} s.` : message, response.status);
 }
 
 export async function listModels() {

@@ -225,18 +225,15 @@ class Chat {
   #finish(run) {
     this.#drawNow(run);
     const { node } = run;
-    const words =
-      node.finish === "error"
-        ? `Error: ${node.error}`
-        : node.finish === "stopped"
-          ? "Stopped."
-          : "The answer is complete:";
-    announce(node.finish === "error" ? words : `${words} ${plural(node.stats.completionTokens ?? 0, "token")}.`);
+    const tokens = plural(node.stats.completionTokens ?? 0, "token");
+    const ends = { error: `Error: ${node.error}`, stopped: `Stopped after ${tokens}.` };
+    announce(ends[node.finish] ?? `The answer is complete: ${tokens}.`);
     this.#buttons();
   }
 
   // ---- drawing
 
+  // Turns that are there already stay as they are; those that change are at the end of the path.
   #show(conversation, toEnd = true) {
     this.conversation = conversation;
     sessionStorage.setItem(OPEN, conversation.id);
@@ -247,17 +244,16 @@ class Chat {
       version: (node, by) => this.version(node, by),
       details: (node) => this.details(node),
     };
-    const kept = this.#views;
+    const before = this.#views;
     this.#views = new Map();
     for (const node of tree.path(conversation)) {
-      const view =
-        node.role === "user"
-          ? new UserTurn(conversation, node, actions)
-          : new AssistantTurn(conversation, node, actions, run?.node === node);
-      this.#views.set(node.id, view);
+      const shown = before.get(node.id);
+      if (shown?.node === node) this.#views.set(node.id, shown);
+      else if (node.role === "user") this.#views.set(node.id, new UserTurn(conversation, node, actions));
+      else this.#views.set(node.id, new AssistantTurn(conversation, node, actions, run?.node === node));
     }
-    kept.clear();
-    byId("turns").replaceChildren(...[...this.#views.values()].map((view) => view.element));
+    for (const [id, view] of before) if (this.#views.get(id) !== view) view.element.remove();
+    byId("turns").append(...[...this.#views.values()].map((view) => view.element).filter((turn) => !turn.isConnected));
     byId("welcome").hidden = this.#views.size > 0;
     this.#title();
     this.#buttons();
