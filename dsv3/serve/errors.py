@@ -90,4 +90,4 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def _field(where: Sequence[Any]) -> str:
     """messages.0.content, without the names of types that pydantic puts between."""
     kept = [str(part) for part in where if isinstance(part, int) or str(part).isidentifier()]
-    return ".".join(part for part in kept if part not in ("str", "int", "float", "bool"))
+    return ".".join(part for part in kept if part not in ("str", "int", "float", "bool", "Part", "NamedTool"))

@@ -80,7 +80,15 @@ class Gate:
         finally:
             name = owner.name if owner is not None else "-"
             self._service.metrics.request(label, watch.status)
-            log.info("%s %s %d %.3f s %s", watch.id, label, watch.status, time.monotonic() - start, name)
+            log.log(
+                logging.DEBUG if label == "other" else logging.INFO,
+                "%s %s %d %.3f s %s",
+                watch.id,
+                label,
+                watch.status,
+                time.monotonic() - start,
+                name,
+            )
 
     def _check_host(self, host: bytes | None) -> None:
         if self._service.settings.keys or host is None:
