@@ -73,7 +73,7 @@ def _readable(reference: str, judge: Judge | None) -> bool:
 # -- finding -------------------------------------------------------------------------------------------------------------
 
 _SAID = re.compile(
-    r"(?:(?:final\s+|correct\s+)?answer\s*(?:\*\*)?\s*(?:is|are|:|：|=)(?:\*\*)?\s*:?|(?:答案|结果)(?:是|为|[:：]))[ \t]*",
+    r"(?:(?:final\s+|correct\s+)?answer\s*(?:\*\*)?\s*(?:is\b|are\b|:|：|=)(?:\*\*)?\s*:?|(?:答案|结果)(?:是|为|[:：]))[ \t]*",
     re.IGNORECASE,
 )
 _SAID_NEXT = re.compile(rf"(?:The\s+|So\s+)?(?:{_SAID.pattern})", re.IGNORECASE)
