@@ -28,7 +28,9 @@ class Loader:
         from dsv3.infer.engine import Engine
 
         tokenizer = Tokenizer.train(["hello world"], 300)
-        config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, eos_token_id=1, max_position_embeddings=2048)
+        config = dataclasses.replace(
+            TINY, vocab_size=tokenizer.vocab_size, eos_token_id=1, max_position_embeddings=2048
+        )
         return Engine(random_model(config), tokenizer, cache_gb=0.01), tokenizer
 
 
