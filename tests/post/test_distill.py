@@ -173,6 +173,23 @@ def test_a_gold_that_cannot_be_read_drops_its_problem_and_says_so(tmp_path):
     assert "cannot be read" in told["grader_faults"][0]
 
 
+def test_a_grader_that_crashes_costs_one_answer_and_is_told(tmp_path, monkeypatch):
+    from dsv3.post import rewards
+
+    def crash(gold: str, text: str) -> bool:
+        if gold == "3":
+            raise RuntimeError("sympy ran out of stack")
+        return text.endswith(f"{gold}}}.")
+
+    monkeypatch.setattr(rewards, "math_equal", crash)
+    path = problems(tmp_path / "p.jsonl", 3)
+    with serving(FakeTeacher(right)) as fake:
+        told = run_distill(config_for(path, tmp_path / "out"), teacher=teacher_at(fake))
+    assert told["rejected"]["r1"] == {"ungradable": 1}
+    assert told["samples"]["r1"] == 2
+    assert "sympy ran out of stack" in told["grader_faults"][0]
+
+
 # -- a teacher that fails ----------------------------------------------------------------------------------------------
 
 
