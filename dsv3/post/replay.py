@@ -43,7 +43,9 @@ class GateConfig:
     action: str = "error"
     """On more than that: stop ("error"), say so ("warn"), nothing ("off"). It is measured and logged in any case."""
     logprob: float | None = None
-    """Largest difference of an answer token's log-probability, nats; None: 1e-5 in float32, else no limit."""
+    """By how much an answer token's log-probability may differ, nats; one token in a hundred may by up to ten times that.
+    None: 1e-5 in float32, else no limit. Float32 sums in another order alone move one token in some thousands further than
+    1e-5 (either pass is then as far from float64), and another model moves most of them."""
     routes: float | None = None
     """Largest share of (token, layer) with different experts; None: 0 in float32, else no limit."""
 
@@ -157,11 +159,10 @@ def differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor) -> Dif
     """Of a pass over these rows, whose answer tokens had log-probabilities (n,)."""
     known, experts = part.answer, part.experts
     gaps = (logprobs - part.old[known]).abs()
-    layers = 0 if experts is None else experts.shape[2]
     tied = torch.zeros_like(known)
     routes, ties = [], []
-    for index in range(layers):
-        own, theirs = seen[index].own.unflatten(0, known.shape)[known], experts[:, :, index][known].long()
+    for index, told in enumerate([] if experts is None else experts.unbind(2)):
+        own, theirs = seen[index].own.unflatten(0, known.shape)[known], told[known].long()
         other = (own.sort(-1).values != theirs.sort(-1).values).any(-1) & (theirs[:, 0] >= 0)
         near = (seen[index].margin < _TIE).unflatten(0, known.shape)
         ties.append((tied | near)[known])
@@ -219,8 +220,12 @@ class Gate:
             self._free.append(differences(part, *free))
         faults = []
         gated = found.gaps[found.gaps >= 0]
-        if len(gated) and float(gated.max()) > self.logprob:
-            faults.append(f"log-probabilities differ by {float(gated.max()):.2e}, the limit is {self.logprob:.2e}")
+        beyond = int((gated > self.logprob).sum())
+        if beyond > max(1, len(gated) // 100) or (beyond and float(gated.max()) > 10 * self.logprob):
+            faults.append(
+                f"log-probabilities of {beyond} of {len(gated)} tokens differ by more than {self.logprob:.2e}, the largest by "
+                f"{float(gated.max()):.2e}"
+            )
         share = float((found.routes & ~found.tied).float().mean()) if found.routes.numel() else 0.0
         if not replayed and share > self.routes:
             faults.append(f"{share:.2%} of (token, layer) went to other experts, the limit is {self.routes:.2%}")
@@ -237,7 +242,8 @@ class Gate:
         """The step's numbers; the next step begins. Empty where no fresh answers were trained on.
 
         route_mismatch: share of (token, layer); route_mismatch_tokens: of tokens, with any layer; near_ties: tokens that a tie
-        excuses; logprob_gap, logprob_gap_max: mean and largest difference, nats. With replay, free_...: without it.
+        excuses; logprob_gap, logprob_gap_p99, logprob_gap_max: mean, 99th percentile and largest difference, nats. With
+        replay, free_...: the same without it.
         """
         seen, self._seen = self._seen, []
         free, self._free = self._free, []
@@ -250,6 +256,7 @@ def _told(found: list[Differences], prefix: str) -> dict[str, float]:
     routes, gaps = torch.cat([f.routes for f in found]), torch.cat([f.gaps for f in found])
     told = {
         "logprob_gap": float(gaps.abs().mean()),
+        "logprob_gap_p99": float(gaps.abs().sort().values[(len(gaps) * 99) // 100]),
         "logprob_gap_max": float(gaps.abs().max()),
         "near_ties": float((gaps < 0).sum()),
     }

@@ -118,7 +118,7 @@ class ReasoningGym:
             import reasoning_gym
         except ImportError:
             raise ValueError(
-                f"task {dataset!r} needs reasoning-gym, which is not installed: pip install 'dsv3[rl]'"
+                f"task {dataset!r} needs reasoning-gym, which is not installed: pip install 'dsv3[post]'"
             ) from None
         try:
             self._data = reasoning_gym.create_dataset(dataset, seed=seed, size=2**40, **options)
@@ -271,9 +271,7 @@ def _read(line: str, where: str, name: str) -> Problem:
         raise ValueError(f"{where} is a {type(record).__name__}: write an object of prompt and answer")
     prompt = next((record[key] for key in ("prompt", "question", "problem") if key in record), None)
     answer = record.get("tests", record.get("answer"))
-    for what, value in (("prompt", prompt), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}, field {what!r}, is {value!r:.80}: give a string that is not empty")
+    prompt, answer = _filled(prompt, f"{where}, field 'prompt'"), _filled(answer, f"{where}, field 'answer'")
     for what in ("language", "system"):
         if not isinstance(record.get(what), str | None):
             raise ValueError(f"{where}, field {what!r}, is {record[what]!r:.80}: give a string or leave it out")
@@ -290,3 +288,9 @@ def _read(line: str, where: str, name: str) -> Problem:
         language=record.get("language"),
         system=record.get("system"),
     )
+
+
+def _filled(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}, is {value!r:.80}: give a string that is not empty")
+    return value

@@ -1,0 +1,301 @@
+"""The run: what stopping loses (nothing), what a round without signal says, when the alarm rings."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dsv3.post.replay import GateConfig, GateError
+from dsv3.post.rewards import Monitor, MonitorConfig, RewardConfig
+from dsv3.post.rl import AlarmError, RlConfig, build_rl, run_rl
+from dsv3.post.rollout import Tally, read_rollouts, round_path
+from dsv3.post.tasks import Problem
+from dsv3.post.verdict import round_metrics, verdict
+from dsv3.train.checkpoint import checkpoints
+from dsv3.train.metrics import TIMING_FIELDS, read_metrics
+from tests.post.small import TOKENIZER, Letters, policy, rl, rl_config
+
+
+def run(folder, *, task=None, say=lambda text: None, model=None, **changes):
+    torch.manual_seed(0)
+    return run_rl(model or policy(), TOKENIZER, task or Letters(), rl_config(**changes), folder, say=say)
+
+
+def curve(folder) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in TIMING_FIELDS} for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoints(folder)[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(minibatches=3, dynamic=False),  # stops lie within a round
+        dict(minibatches=2, reference_every=1, gamma=1e-2),
+        dict(precision="bfloat16", replay=True, recompute=True),
+    ],
+    ids=["on-policy", "minibatches", "new-reference", "bfloat16-replay"],
+)
+def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, changes):
+    run(tmp_path / "whole", **changes)
+    for _ in range(4):  # each sitting is one step
+        run(tmp_path / "cut", max_steps=1, **changes)
+    assert curve(tmp_path / "whole") == curve(tmp_path / "cut")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for path in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        assert path.read_bytes() == (tmp_path / "cut" / "rollouts" / path.name).read_bytes()
+
+
+def test_a_later_step_is_forgotten_by_an_earlier_checkpoint(tmp_path):
+    """Killed after rollouts were written and before the step was saved: they are made again, the same."""
+    run(tmp_path, save_every=2, max_steps=2)
+    trainer, _ = rl(tmp_path, save_every=2)
+    trainer.restore(checkpoints(tmp_path)[-1])
+    trainer.step()  # writes round 3, and dies
+    first = round_path(tmp_path, 2).read_bytes()
+    run(tmp_path, save_every=2)
+    assert round_path(tmp_path, 2).read_bytes() == first
+    assert len(curve(tmp_path)) == 4
+
+
+def test_it_learns_what_is_paid(tmp_path):
+    """Answers longer than four bytes are paid: they become the rule."""
+    result = run(
+        tmp_path, steps=30, prompts=4, group=8, max_tokens=8, lr=3e-3, save_every=30, eval_every=30, micro_batch=64
+    )
+    rewards = [r["reward"] for r in curve(tmp_path)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    assert result["after"]["heldout_accuracy"] >= result["before"]["heldout_accuracy"]
+
+
+def test_metrics_tell_rewards_groups_gate_and_drafts(tmp_path):
+    run(tmp_path)
+    records = curve(tmp_path)
+    for record in records:
+        assert record["route_mismatch"] == 0
+        assert record["logprob_gap_max"] <= 1e-5
+        assert record["kl"] >= 0
+        assert record["entropy"] > 0
+        assert record["ratio"] == pytest.approx(1, abs=1e-4)
+        assert {"reward", "no_variance", "length", "rollout_acceptance", "verdict", "mtp_loss"} <= record.keys()
+    assert [r["step"] for r in records if "heldout_accuracy" in r] == [2, 4]
+    assert records[0]["kl"] == 0 < records[-1]["kl"]
+    assert (tmp_path / "rollouts.html").exists()
+
+
+def test_the_router_bias_is_frozen_unless_told(tmp_path):
+    for gamma in (0.0, 1e-2):
+        trainer, _ = rl(tmp_path / str(gamma), gamma=gamma)
+        before = [router.e_score_correction_bias.clone() for router in trainer.model.routers()]
+        trainer.step()
+        same = [torch.equal(a, r.e_score_correction_bias) for a, r in zip(before, trainer.model.routers())]
+        assert same == [gamma == 0.0] * len(same)
+
+
+def test_the_mtp_layers_go_on_learning(tmp_path):
+    for weight in (0.1, 0.0):
+        trainer, _ = rl(tmp_path / str(weight), mtp_weight=weight, alpha=0.0)
+        layer = trainer.model.model.mtp_layers[0].eh_proj.weight
+        before = layer.detach().clone()
+        trainer.step()
+        assert torch.equal(before, layer) == (weight == 0.0)
+
+
+def test_no_reference_is_kept_without_kl(tmp_path):
+    from dsv3.post.grpo import GrpoConfig
+
+    trainer, rounds = rl(tmp_path, grpo=GrpoConfig(kl=0.0))
+    assert rounds.reference is None
+    trainer.step()
+    assert all(a.reference is None for a in read_rollouts(round_path(tmp_path, 0)))
+
+
+def test_the_reference_stays_as_it_began(tmp_path):
+    trainer, rounds = rl(tmp_path)
+    before = [p.clone() for p in rounds.reference.parameters()]
+    for _ in range(2):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, rounds.reference.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_weights_of_another_precision_are_stopped_by_the_gate(tmp_path):
+    """Rollouts by an engine that was left behind, which "works" elsewhere for days."""
+    from dsv3.infer.engine import Engine
+
+    trainer, rounds = rl(tmp_path)
+    rounds.engine = Engine(policy().bfloat16(), TOKENIZER, cache_gb=0.01)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(GateError, match="not the same model"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_a_warning_gate_says_so_and_goes_on(tmp_path):
+    said: list[str] = []
+    run(tmp_path, gate=GateConfig(action="warn", logprob=0.0), steps=1, say=said.append)
+    assert any("not the same model" in line for line in said)
+
+
+# -- groups --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A task whose every answer is worth the same."""
+
+    share: float
+    name: str = "fixed"
+
+    def problem(self, index: int) -> Problem:
+        return Problem(
+            id=f"f{index}", prompt=f"Say it. {index}", answer="", kind="checked", check=lambda said: self.share
+        )
+
+
+def test_dynamic_sampling_draws_more_and_no_more_than_told(tmp_path):
+    for dynamic, drawn in ((True, 3 * 3), (False, 3)):
+        folder = tmp_path / str(dynamic)
+        trainer, rounds = build_rl(policy(), TOKENIZER, Fixed(0.0), rl_config(dynamic=dynamic), folder)
+        trainer.step()
+        told = rounds.told
+        assert told["groups"] == drawn
+        assert told["no_variance"] == 1.0
+        assert "nothing can be learnt" in told["verdict"] or "cut off" in told["verdict"]
+        saved = read_rollouts(round_path(folder, 0))
+        assert len(saved) == 4 * drawn
+        assert sum(a.used for a in saved) == 12
+        assert all(a.advantage == 0 for a in saved)
+
+
+def test_groups_with_signal_are_trained_on_first(tmp_path):
+    trainer, _ = rl(tmp_path, prompts=2, max_draws=6)
+    trainer.step()
+    saved = read_rollouts(round_path(tmp_path, 0))
+    groups = {a.number: [b for b in saved if b.number == a.number] for a in saved}
+    used = [g for g in groups.values() if g[0].used]
+    good = [g for g in groups.values() if len({a.reward for a in g}) > 1]
+    assert len(used) == 2
+    assert len([g for g in used if g in good]) == min(2, len(good))
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Every other question has a gold that cannot be read, or a grader that crashes."""
+
+    kind: str
+    name: str = "broken"
+
+    def problem(self, index: int) -> Problem:
+        prompt = f"How much? {index}"
+        if index % 2:
+            return Problem(id=f"b{index}", prompt=prompt, answer="4", kind="maths")
+        if self.kind == "gold":
+            return Problem(id=f"b{index}", prompt=prompt, answer=r"\frac{", kind="maths")
+
+        def crash(said: str) -> float:
+            raise ZeroDivisionError
+
+        return Problem(id=f"b{index}", prompt=prompt, answer="", kind="checked", check=crash)
+
+
+@pytest.mark.parametrize("kind", ["gold", "crash"])
+def test_what_cannot_be_judged_is_dropped_counted_and_the_run_goes_on(tmp_path, kind):
+    run(tmp_path, task=Broken(kind), steps=2, prompts=4, eval_problems=8)
+    records = curve(tmp_path)
+    assert len(records) == 2
+    assert all(r["dropped"] > 0 for r in records)
+    assert all(r["unreadable_gold" if kind == "gold" else "grader_crashes"] == r["dropped"] for r in records)
+    assert all(a.reward is not None for a in read_rollouts(round_path(tmp_path, 0)) if a.used)
+
+
+def test_a_round_without_anything_to_train_on_says_why(tmp_path):
+    class AllBroken(Broken):
+        def problem(self, index: int) -> Problem:
+            return super().problem(2 * index)
+
+    trainer, _ = build_rl(policy(), TOKENIZER, AllBroken("gold"), rl_config(), tmp_path)
+    with pytest.raises(ValueError, match="the gold of 36 answers could not be read"):
+        trainer.step()
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Long(Letters):
+        def problem(self, index: int) -> Problem:
+            short = super().problem(index)
+            return dataclasses.replace(short, prompt=short.prompt * (40 if index % 3 == 0 else 1))
+
+    trainer, rounds = build_rl(policy(), TOKENIZER, Long(), rl_config(prompts=6), tmp_path)
+    trainer.step()
+    assert rounds.told["too_long"] > 0
+
+
+# -- the alarm, the verdict, settings ------------------------------------------------------------------------------------
+
+
+def test_the_alarm_is_said_written_and_stops_the_run_if_told(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Monitor, "add", lambda self, reward, accuracy, problems: "reward rose, accuracy fell")
+    run(tmp_path / "warn", steps=2, say=said.append)
+    assert any(line.startswith("ALARM, step 2") for line in said)
+    assert curve(tmp_path / "warn")[-1]["alarm"] == "reward rose, accuracy fell"
+    with pytest.raises(AlarmError):
+        run(tmp_path / "stop", steps=2, stop_on_alarm=True)
+
+
+def test_a_hole_in_the_reward_is_found(tmp_path):
+    """A reward paid for form alone rises while no question is answered: the monitor, fed by the run, rings."""
+    monitor = Monitor(MonitorConfig(window=1))
+    accuracies = iter([0.5, 0.1])
+    monitor.add(0.2, next(accuracies), 100)
+    assert monitor.add(0.9, next(accuracies), 100) is not None
+
+
+def told(**changes) -> dict:
+    plain = round_metrics([], [], [], {}, Tally(), end=6)
+    return plain | dict(groups=8, no_variance=0.2, all_wrong=0.1, all_right=0.1) | changes
+
+
+def test_the_verdict_is_plain():
+    assert verdict(told()) == "learning"
+    assert verdict(told(no_variance=1.0, all_wrong=1.0)).startswith("nothing can be learnt")
+    assert verdict(told(no_variance=0.95, all_wrong=0.9)).startswith("hardly anything")
+    assert "too easy" in verdict(told(no_variance=1.0, all_right=1.0))
+    assert "raise max_tokens" in verdict(told(cut_off=0.7))
+    assert "Mend the questions" in verdict(told(dropped=40, grader_crashes=40))
+
+
+def test_a_run_started_otherwise_is_refused(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"rl\.rewards\.format"):
+        run(tmp_path, rewards=RewardConfig(format=0.5))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(group=1), dict(prompts=3, minibatches=5), dict(temperature=0.0), dict(reference_every=0), dict(max_draws=0),
+        dict(precision="int8"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError):
+        rl_config(**wrong).train()
+
+
+def test_an_answer_longer_than_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        rl(tmp_path, max_tokens=256)
+
+
+def test_a_config_is_json(tmp_path):
+    assert json.loads(json.dumps(RlConfig(steps=1).identity()))["group"] == 16
