@@ -1,7 +1,7 @@
 /* Vectors of the machine's own width in GNU C, so that one text serves AVX-512, AVX2 and NEON.
 
    Sums over lanes are folded by one tree, whatever stands beside them: a fold of sixteen vectors gives each the same bits as
-   a fold of one. Exponentials are a polynomial, to about 1 float32 ulp. */
+   a fold of one. What a compiler may fuse is one product and one sum, everywhere the same. Exponentials are a polynomial, to about 1 float32 ulp. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -71,7 +71,8 @@ INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 #endif
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
-/* LANES numbers become float32. An e4m3 code moved to a float's place is 2^-120 of its value, which `scale` must make up for. */
+/* LANES numbers become float32. An e4m3 code moved to a float's place is 2^-120 of its value, which `scale` must make up for; the
+   two codes for no number, which no cast writes, read as 480. */
 INLINE vf widen(int kind, const char *p, vf scale) {
     if (kind == FLOAT32) return load((const float *)p);
     if (kind == BFLOAT16) {
