@@ -1,0 +1,1 @@
+"""Post-training: distillation, and reinforcement learning by rule rewards."""
