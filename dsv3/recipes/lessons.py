@@ -1,6 +1,6 @@
 """What the tiny model is taught after pre-training: the second half of `dsv3 run tiny`, read top down in `teach`.
 
-    questions   made on the spot: sums of small numbers, and words to spell backward (reasoning-gym's task); some are held out
+    questions   made on the spot: sums of small numbers, in our words and in reasoning-gym's (chain_sum); some are held out
     SFT         on questions with their answers: the chat format, and a start
     distil      the model's own answers to new questions, several to each; the right ones become the next SFT set
     RL          GRPO on further questions, rewarded by rule
@@ -70,8 +70,8 @@ class Stage:
 
 def tasks() -> dict[str, Task]:
     return {
-        "sums": Arithmetic(terms=2, digits=2, operators="+-"),
-        "words backward": ReasoningGym("spell_backward", min_word_len=3, max_word_len=5),
+        "sums": Arithmetic(terms=2, digits=1, operators="+-"),
+        "chain_sum": ReasoningGym("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1),
     }
 
 
@@ -86,7 +86,7 @@ def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]
     _tell(stages[-1], say)
 
     data = [write_questions(out / "data" / f"{_file(name)}.jsonl", task, config) for name, task in known.items()]
-    sft = run_sft(_sft(base, data, out / "sft", config, first_lr=1.5e-3, epochs=2), _quiet)
+    sft = run_sft(_sft(base, data, out / "sft", config, first_lr=4e-3, epochs=3), _quiet)
     stages.append(examine("SFT", Path(sft["checkpoint"]), known, config))
     _tell(stages[-1], say)
 
@@ -96,7 +96,7 @@ def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]
     if count >= 16:
         kept = out / "distilled" / "sft.jsonl"
         distilled = run_sft(
-            _sft(stages[-1].checkpoint, [kept], out / "distil", config, first_lr=5e-4, epochs=1), _quiet
+            _sft(stages[-1].checkpoint, [kept], out / "distil", config, first_lr=1e-3, epochs=1), _quiet
         )
         stages.append(examine("distillation", Path(distilled["checkpoint"]), known, config))
         _tell(stages[-1], say)

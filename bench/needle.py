@@ -1,0 +1,305 @@
+"""A needle in a haystack up to 131,072 tokens: a very small model, pre-trained on rows of 1,024 tokens, extended by YaRN.
+
+    haystack    filler (Zipf) with facts `<mark> key value` in it        question   `<ask> key` -> the value
+    training    1,024-token rows, then dsv3.train.extend in two phases; every fact of a row is asked once, somewhere behind it
+    measuring   one haystack of 131,072 tokens holds the facts of every cell (length by depth), `--each` a cell. A cell's prompt
+                is the haystack's first tokens and its question; the engine reads it by chunks of 512 and finds the pages of
+                shorter prompts again, so the map costs little more than one reading of the longest. Greedy, one token
+    arms        short: as pre-trained, plain RoPE; switched: the same weights under YaRN, untrained; extended: both phases
+
+The model does not start from noise. Retrieval needs two attention heads that work together (look at the token before; find where
+it was the same), and gradient descent takes hours of this CPU to find them; so the first weights hold a blunt pair of them
+(`begin`), which the training sharpens and the extension stretches. What is measured is reach, not how retrieval is learned.
+
+    python -m bench.needle [--work runs/needle] [--part train extend measure plot]      resumes; writes docs/evidence/needle.*
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.common import machine, peak_memory_mib, write_csv
+from dsv3.data.loader import Batch, LoaderConfig
+from dsv3.evals.needle import draw_heat_map
+from dsv3.infer.engine import Engine
+from dsv3.infer.sampling import SamplingParams
+from dsv3.model.config import ModelConfig
+from dsv3.model.rope import frequencies
+from dsv3.model.transformer import DeepseekV3
+from dsv3.model.weights import load_model
+from dsv3.train.checkpoint import latest_checkpoint
+from dsv3.train.extend import ExtendConfig, extend, extended
+from dsv3.train.metrics import write_atomic
+from dsv3.train.optim import ScheduleConfig
+from dsv3.train.trainer import TrainConfig, Trainer
+
+MARK, ASK, KEYS, VALUES, FILLER = 0, 1, 512, 64, 126
+FIRST_KEY, FIRST_VALUE, FIRST_FILLER = 2, 2 + KEYS, 2 + KEYS + VALUES
+VOCAB = FIRST_FILLER + FILLER
+SHORT, LONGEST = 1024, 131072
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+DEPTHS = tuple(i / 10 for i in range(11))
+MODEL = ModelConfig(
+    vocab_size=VOCAB, hidden_size=128, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+    num_nextn_predict_layers=0, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=48, qk_nope_head_dim=32,
+    qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
+    first_k_dense_replace=1, max_position_embeddings=SHORT, rope_scaling=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+EXTEND = ExtendConfig(
+    lengths=(4096, 16384), steps=12, step_tokens=16384, lr=1e-3, factor=LONGEST / SHORT, original=SHORT, save_every=3
+)
+DOCS = Path("docs/evidence")
+
+
+class Codes:
+    """The engine's tokenizer of a vocabulary without text: an id is written as its number."""
+
+    bos_id, vocab_size = None, VOCAB
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(f" {i}" for i in ids)
+
+    def stream(self) -> Codes:
+        return self
+
+    def push(self, ids: Any) -> str:
+        return self.decode(ids)
+
+    def finish(self) -> str:
+        return ""
+
+    def token_bytes(self, token: int) -> bytes:
+        return f" {token}".encode()
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+
+def filler(length: int, rng: np.random.Generator) -> np.ndarray:
+    weights = 1 / (np.arange(FILLER) + 10.0)
+    return FIRST_FILLER + rng.choice(FILLER, size=length, p=weights / weights.sum())
+
+
+class Rows:
+    """The trainer's loader: row i of a seed is always the same. A sixteenth of a row's tokens are facts, as many questions."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config, self.rows = config, 0
+
+    def next_batch(self, rows: int) -> Batch:
+        made = np.stack([self.row(self.rows + i) for i in range(rows)])
+        self.rows += rows
+        tokens = torch.from_numpy(made)
+        positions = torch.arange(made.shape[1] - 1).expand(rows, -1)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros_like(positions))
+
+    def row(self, number: int) -> np.ndarray:
+        rng = np.random.default_rng([self.config.seed, number])
+        length = self.config.seq_len + self.config.extra_tokens + 1
+        count = min(KEYS, length // 16)
+        row = filler(length, rng)
+        places = rng.choice((length - 2) // 3, size=(count, 2), replace=False) * 3 + rng.integers(3)
+        places.sort(axis=1)
+        keys, values = rng.permutation(KEYS)[:count], rng.integers(VALUES, size=count)
+        for column, sign in zip(places.T, (MARK, ASK)):
+            row[column], row[column + 1], row[column + 2] = sign, FIRST_KEY + keys, FIRST_VALUE + values
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = state["rows"]
+
+
+@torch.no_grad()
+def begin(seed: int = 0, sharpness: float = 2.0) -> DeepseekV3:
+    """Small noise and two heads: the first layer's copies the token before into dimensions of its own, the second layer's
+    asks for places where that copy is the present token, and says what stands there. Residual: a constant at 0, the
+    token's embedding at 1-63, the copy at 64-95, the answer at 96-119."""
+    config, generator = MODEL, torch.Generator().manual_seed(seed)
+    model = DeepseekV3(dataclasses.replace(config, initializer_range=0.02))
+    model.init_weights(generator)
+    embed, head = model.model.embed_tokens.weight, model.lm_head.weight
+    embed.zero_()
+    embed[:, 1:64].normal_(generator=generator)
+    embed[:, 0] = 4.0
+    nope, rope, rank, value = (
+        config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
+    )  # fmt: skip
+    look, say = _orthogonal(32, 63, generator), _orthogonal(24, 63, generator)
+    seen = _orthogonal(24, 32, generator)
+    head[:, 96:120] = 0.1 * embed[:, 1:64] @ say.T
+    first, second = (layer.self_attn for layer in model.model.main_layers)
+    angle = frequencies(config).float()
+    # The rotation at distance 1 is undone by the query: scores are highest there.
+    first.kv_a_proj_with_mqa.weight[rank::2, 0] = 1.5
+    first.q_proj.weight[nope : nope + rope : 2, 0] = 1.5 * angle.cos()
+    first.q_proj.weight[nope + 1 : nope + rope : 2, 0] = -1.5 * angle.sin()
+    first.kv_a_proj_with_mqa.weight[:32, 1:64] = look
+    first.kv_b_proj.weight[nope : nope + value, :32] = torch.eye(32)
+    first.o_proj.weight[64:96, :value] = torch.eye(32)
+    second.kv_a_proj_with_mqa.weight[:24, 64:96] = seen
+    second.kv_a_proj_with_mqa.weight[24:rank, 1:64] = say
+    second.q_proj.weight[:24, 1:64] = sharpness * seen @ look
+    second.kv_b_proj.weight[:24, :24] = torch.eye(24)
+    second.kv_b_proj.weight[nope : nope + 24, 24:rank] = torch.eye(24)
+    second.o_proj.weight[96:120, :24] = torch.eye(24)
+    return model
+
+
+def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T
+
+
+def train(work: Path, steps: int) -> Path:
+    """Pre-training on rows of SHORT tokens -> its checkpoint."""
+    schedule = ScheduleConfig(
+        steps=steps, peak_lr=3e-3, warmup_steps=10, constant_until=0.6, cosine_until=0.95, second_constant_from=0.98,
+        batch_size=8, gamma=1e-3,
+    )  # fmt: skip
+    config = TrainConfig(schedule=schedule, seq_len=SHORT, micro_batch=4, save_every=20)
+    Trainer(begin(), Rows(LoaderConfig(seq_len=SHORT)), config, work / "short").run()
+    checkpoint = latest_checkpoint(work / "short")
+    assert checkpoint is not None
+    return checkpoint
+
+
+@torch.no_grad()
+def recall(model: DeepseekV3, length: int, rows: int = 2) -> float:
+    """Share of the questions in new rows whose answer is the likeliest token."""
+    batch = Rows(LoaderConfig(seq_len=length, seed=999)).next_batch(rows)
+    asked = (batch.tokens == ASK).roll(1, 1)
+    asked[:, 0] = False
+    states = torch.cat([model.hidden(row.unsqueeze(0)).main[0, where] for row, where in zip(batch.tokens, asked)])
+    return float((model.lm_head(states).argmax(-1) == batch.targets[asked]).float().mean())
+
+
+def haystack(each: int, lengths: tuple[int, ...], seed: int) -> tuple[np.ndarray, dict[tuple[int, float], list[int]]]:
+    """One text for the whole map, and for each cell the places of its facts; places that are taken move back by three."""
+    rng = np.random.default_rng([7, seed])
+    text, taken, cells = filler(max(lengths), rng), set(), {}
+    keys = iter(rng.permutation(KEYS))
+    for length in lengths:
+        for depth in DEPTHS:
+            cells[length, depth] = []
+            for _ in range(each):
+                place, step = round(depth * (length - 9) / 3), 1 if depth < 0.5 else -1
+                while place in taken:
+                    place += step
+                taken.add(place)
+                cells[length, depth].append(3 * place)
+                text[3 * place : 3 * place + 3] = MARK, FIRST_KEY + next(keys), FIRST_VALUE + rng.integers(VALUES)
+    return text, cells
+
+
+def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
+    """A row for each cell, and the process's peak memory when its length was done."""
+    text, cells = haystack(each, lengths, seed)
+    engine = Engine(model, Codes(), cache_gb=0.1, max_running=4, step_tokens=512)
+    rows, empty = [], peak_memory_mib()
+    for length in lengths:
+        started = time.perf_counter()
+        for depth in DEPTHS:
+            samples = []
+            for place in cells[length, depth]:
+                prompt = [*text[: length - 3].tolist(), ASK, int(text[place + 1])]
+                (answer,) = engine.complete([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
+                samples.append({"grades": {"found": answer.token_ids == [int(text[place + 2])]}})
+            about = {"length": length, "depth": depth}
+            rows.append({"arm": arm, "about": about, "samples": samples})
+        seconds, peak = time.perf_counter() - started, peak_memory_mib()
+        for row in rows[-len(DEPTHS) :]:
+            row |= {"seconds": seconds, "peak_mib": peak, "empty_mib": empty}
+        found = [s["grades"]["found"] for row in rows[-len(DEPTHS) :] for s in row["samples"]]
+        print(f"{arm} {length}: {sum(found)} of {len(found)}, {seconds:.0f} s, peak {peak:.0f} MiB", flush=True)
+    return rows
+
+
+def arms(work: Path) -> dict[str, DeepseekV3]:
+    """The three models, in bfloat16."""
+    short = latest_checkpoint(work / "short")
+    long = latest_checkpoint(work / "long" / f"phase-{len(EXTEND.lengths)}")
+    if short is None or long is None:
+        raise SystemExit(f"{work} holds no trained model: run --part train extend first")
+    plain, extended_model = load_model(short), load_model(long)
+    yarn = DeepseekV3(extended(plain.config, factor=EXTEND.factor, original=SHORT)).to(torch.bfloat16)
+    yarn.load_state_dict(plain.state_dict())
+    # Plain RoPE knows no limit; the engine does, so that a prompt is not answered from positions never trained.
+    reaching = DeepseekV3(dataclasses.replace(plain.config, max_position_embeddings=LONGEST)).to(torch.bfloat16)
+    reaching.load_state_dict(plain.state_dict())
+    return {"extended": extended_model.eval(), "short": reaching.eval(), "switched": yarn.eval()}
+
+
+def plot(work: Path) -> None:
+    """docs/evidence/needle.csv, and the map of each arm as needle.png (extended) and needle-ARM.png."""
+    results = [row for path in sorted(work.glob("arm-*.json")) for row in json.loads(path.read_text())]
+    header = ["arm", "length", "depth", "found", "asked", "seconds_of_length", "peak_mib", "empty_mib"]
+    write_csv(DOCS / "needle.csv", header, (
+        [r["arm"], r["about"]["length"], r["about"]["depth"], sum(s["grades"]["found"] for s in r["samples"]),
+         len(r["samples"]), f"{r['seconds']:.1f}", f"{r['peak_mib']:.0f}", f"{r['empty_mib']:.0f}"] for r in results
+    ))  # fmt: skip
+    titles = {
+        "extended": f"YaRN, trained to {EXTEND.lengths[-1] // 1024}K",
+        "short": f"plain RoPE, trained at {SHORT // 1024}K",
+        "switched": "YaRN, untrained",
+    }
+    for arm in {r["arm"] for r in results}:
+        mine = [r for r in results if r["arm"] == arm]
+        name = "needle.png" if arm == "extended" else f"needle-{arm}.png"
+        draw_heat_map(mine, DOCS / name, title=f"Needle in a haystack: {titles[arm]}")
+    with (DOCS / "needle.csv").open() as file:
+        print(f"{sum(1 for _ in csv.reader(file)) - 1} cells in {DOCS / 'needle.csv'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/needle"))
+    parser.add_argument("--part", nargs="*", default=["train", "extend", "measure", "plot"])
+    parser.add_argument("--steps", type=int, default=120, help="of pre-training")
+    parser.add_argument("--each", type=int, default=4, help="questions a cell")
+    parser.add_argument("--arms", nargs="*", default=["extended", "short", "switched"])
+    parser.add_argument("--longest", type=int, default=LONGEST)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(json.dumps(machine()), flush=True)
+    if "train" in options.part:
+        print(f"begins with recall {recall(begin(), SHORT):.3f} at {SHORT}", flush=True)
+        checkpoint = train(options.work, options.steps)
+        print(f"pre-trained: recall {recall(load_model(checkpoint), SHORT):.3f} at {SHORT}", flush=True)
+    if "extend" in options.part:
+        checkpoint = latest_checkpoint(options.work / "short")
+        assert checkpoint is not None, "run --part train first"
+        newest = extend(checkpoint, EXTEND, Rows, options.work / "long", say=functools.partial(print, flush=True))
+        model = load_model(newest)
+        for length in (SHORT, EXTEND.lengths[-1]):
+            print(f"extended: recall {recall(model, length, rows=1):.3f} at {length}", flush=True)
+        print(f"peak memory of training {peak_memory_mib():.0f} MiB", flush=True)
+    if "measure" in options.part:
+        models = arms(options.work)
+        for arm in options.arms:
+            path = options.work / f"arm-{arm}.json"
+            if not path.exists():
+                lengths = tuple(n for n in LENGTHS if n <= options.longest)
+                rows = measure(models[arm], arm, options.each, lengths)
+                write_atomic(path, json.dumps(rows, indent=1).encode())
+    if "plot" in options.part:
+        plot(options.work)
+
+
+if __name__ == "__main__":
+    main()
