@@ -45,7 +45,7 @@ def replicas(request):
 
 
 def body(i, **more):
-    return {"model": "tiny", "prompt": f"question {i}", "max_tokens": 120, "temperature": 1, "seed": i} | more
+    return {"model": "tiny", "prompt": f"question {i}", "max_tokens": 400, "temperature": 1, "seed": i} | more
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ async def _kill_under_load(settings, backends):
             await asyncio.sleep(0.005)
         os.kill(victim, signal.SIGKILL)
         assert await asyncio.gather(*asking) == alone
-        assert front.retried >= 3
+        assert front.retried >= 1
         for _ in range(150):  # Ray starts another in its place, which is found
             if all(front.router.up):
                 break
