@@ -56,7 +56,7 @@ MODEL = ModelConfig(
     first_k_dense_replace=1, max_position_embeddings=SHORT, rope_scaling=None, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 EXTEND = ExtendConfig(
-    lengths=(4096, 16384), steps=12, step_tokens=16384, lr=1e-3, factor=LONGEST / SHORT, original=SHORT, save_every=3
+    lengths=(8192, 32768), steps=30, step_tokens=32768, lr=1e-3, factor=LONGEST / SHORT, original=SHORT, save_every=5
 )
 DOCS = Path("docs/evidence")
 
