@@ -1,6 +1,7 @@
 """The server under load: requests arrive whether or not earlier ones are answered; one line a load, and a JSON line.
 
-    server    a process of its own (`dsv3.serve`, OMP_WAIT_POLICY=passive unless it is set otherwise), the 20M model of bench.train_step with random weights, or --checkpoint
+    server    a process of its own (`dsv3.serve`, OMP_WAIT_POLICY=passive unless it is set otherwise); the 20M model of
+              bench.train_step with random weights, or --checkpoint
     clients   N = 1, 8, 64. First N clients, each asking again when it is answered: the most requests a second there can be.
               Then arrivals at random (Poisson) at 0.8 of that rate, as users come: a slow server meets a growing queue
     told      requests and tokens a second; time from arrival to first text, and between pieces of text (p50, p99); errors;
