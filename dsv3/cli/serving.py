@@ -99,7 +99,8 @@ def chat(verb: Chat) -> None:
 
 
 def serve(verb: Serve) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: threads that spin take the event loop's core
+    # Before torch loads: threads that spin while they wait take the event loop's core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from dsv3.serve.app import serve as serve_app
     from dsv3.serve.settings import ServeSettings, check_bind
 
