@@ -200,3 +200,19 @@ def test_a_tie_excuses_its_token_and_those_behind_it_alone():
     assert torch.equal(found.gaps < 0, excused[batch.answer])
     assert found.tied[:, 0].sum() == 1  # in the first layer the token itself, behind it all
     assert torch.equal(found.tied[:, 1], excused[batch.answer])
+
+
+def test_rounding_of_a_few_tokens_is_let_through_and_another_model_is_not():
+    """One token in twenty may be further off than the limit, by up to thirty times: no more tokens, and none by far."""
+    model = policy()
+    batch = rows(rollout(model))
+    with RouterTap(model) as tap, torch.no_grad():
+        model.hidden(batch.tokens[:, :-1])
+    exact = batch.old[batch.answer]
+    few = len(exact) // 20
+    for count, gap, stops in ((few, 3e-5, False), (few, 2e-4, False), (few + 1, 3e-5, True), (1, 5e-4, True)):
+        moved = exact.clone()
+        moved[:count] += gap
+        gate = Gate(GateConfig(action="warn"), "float32")
+        gate.compare(batch, tap.seen, moved)
+        assert bool(gate.warnings) is stops, (count, gap)
