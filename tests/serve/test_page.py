@@ -348,10 +348,7 @@ def test_the_maps_of_experts_are_painted_and_the_panel_lasts_over_a_reload(page,
     say(page, "sky?")
     page.reload()
     page.wait_for_selector("html[data-ready]")
-    for _ in range(3):  # on a busy machine the first key may come before the page listens
-        if not page.locator(".experts canvas").first.is_visible():
-            page.keyboard.press("Alt+i")
-            page.wait_for_timeout(1000)
+    page.keyboard.press("Alt+i")
     page.wait_for_selector(".experts canvas")
     painted = page.evaluate(
         """() => [...document.querySelectorAll(".experts canvas")].map((map) => {

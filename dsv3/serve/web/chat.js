@@ -21,6 +21,7 @@ const OPEN = "dsv3.open"; // the conversation of this tab
 
 class Chat {
   #runs = new Map(); // conversation id -> Run
+  #leaving = false;
   #views = new Map(); // turn id -> view
   #details = new Map(); // turn id -> details that are not in the store yet
   #limits = new Map(); // model -> tokens of its context
@@ -39,6 +40,10 @@ class Chat {
       rename: (id, title) => this.rename(id, title),
       remove: (id, title) => this.remove(id, title),
       save: (id) => this.exportFile([id]),
+    });
+    addEventListener("beforeunload", () => {
+      this.#leaving = true;
+      setTimeout(() => (this.#leaving = false), 2000); // if the page is not left after all
     });
     this.channel = new BroadcastChannel("dsv3");
     this.channel.onmessage = ({ data }) => this.#changedElsewhere(data);
@@ -204,13 +209,16 @@ class Chat {
     };
     const failure = await run.go(body);
     if (!model) this.models();
-    if (this.#runs.get(conversation.id) !== run) return; // deleted meanwhile
-    this.#runs.delete(conversation.id);
+    // Leaving the page breaks the request too: what is kept then is the answer so far, which will say that it was cut off.
+    if (this.#leaving || this.#runs.get(conversation.id) !== run) return; // or deleted meanwhile
     this.#details.set(node.id, run.details);
+    await this.#save(conversation); // before it looks finished: whoever reloads then must find it whole
+    await this.#saveDetails(run.details);
+    if (this.#runs.get(conversation.id) !== run) return this.store.remove(conversation.id); // deleted while it was kept
+    this.#runs.delete(conversation.id);
+    this.channel.postMessage(conversation.id);
     this.#finish(run);
     if (failure?.status === 401) this.settings.open(this.conversation, "The server wants an API key.");
-    await this.#save(conversation);
-    await this.#saveDetails(run.details);
   }
 
   async #saveDetails(details) {
