@@ -1,8 +1,9 @@
 """Does reinforcement learning raise accuracy on questions it never saw, from a small fine-tuned model, on a CPU?
 
-    python -m bench.rl_evidence --out docs/evidence        CSV and picture; seeds 0 1 2, one thread, about half an hour
+    python -m bench.rl_evidence --out docs/evidence        CSV and picture; seeds 0 1 2, one thread, a quarter of an hour
+    python -m bench.rl_evidence --mismatch CHECKPOINT      what precisions do to routes, and what replay does about it
 
-For each seed a model of a million parameters is fine-tuned for some minutes on answered questions of a reasoning-gym task, then
+For each seed a model of half a million parameters is fine-tuned for a minute on answered questions of a reasoning-gym task, then
 trained by GRPO on further questions of it. Questions whose hash says so are held out of both (dsv3/post/tasks.py). Float32: the
 gate compares each rollout's log-probabilities and experts with the training pass, and would stop the run.
 """
@@ -23,10 +24,14 @@ from torch import Tensor
 from bench.common import machine
 from dsv3.data.chat import ChatFormat, with_template
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.infer.engine import Engine
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
+from dsv3.model.weights import load_model
+from dsv3.parallel.apply import compute_copy
 from dsv3.post.grpo import GrpoConfig, token_logprobs
-from dsv3.post.rl import RlConfig, run_rl
+from dsv3.post.replay import GateConfig
+from dsv3.post.rl import RlConfig, build_rl, run_rl
 from dsv3.post.rollout import Answer, make_batch
 from dsv3.post.tasks import ReasoningGym, Split
 from dsv3.train.loss import Step, join_losses
@@ -144,8 +149,12 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=320)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--mismatch", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.mismatch is not None:
+        mismatch(options.mismatch, options.task, options.seeds[0], options.runs / "mismatch")
+        return
     rows, results = [], []
     for seed in options.seeds:
         config = RlConfig(
@@ -168,6 +177,40 @@ def main() -> None:
             writer.writerows(rows)
         draw(rows, options.out / "rl.png", options.task)
     print(json.dumps({"machine": machine(), "results": results}, default=str))
+
+
+def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
+    """One rollout of 512 answers and its training pass, with the rollout's experts replayed and without, a line a precision.
+
+    Told of the tokens that went to other experts in any layer: their share, and their mean difference of log-probability.
+    """
+    tokenizer = Tokenizer.from_file(checkpoint)
+    for rollout, training in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+        model = load_model(checkpoint, dtype="float32")
+        config = RlConfig(
+            steps=1, prompts=64, group=8, minibatches=1, max_tokens=MAX_TOKENS, precision=training, micro_batch=512, dynamic=False,
+            replay=True, gate=GateConfig(action="off"), grpo=GrpoConfig(kl=0), cache_gb=0.2, max_running=512, seed=seed,
+        )  # fmt: skip
+        trainer, rounds = build_rl(model, tokenizer, ReasoningGym(task, seed=seed, **TASKS[task]), config, folder)
+        rounds.engine = Engine(compute_copy(model, rollout), tokenizer, cache_gb=0.2, max_running=512)
+        trainer.objective(
+            trainer.twin,
+            rounds.next_batch(512),
+            slice(0, 512),
+            depth=1,
+            mtp_weight=0.1,
+            alpha=0.0,
+            device=trainer.device,
+        )
+        gate = rounds.objective.gate
+        replayed, free = gate.seen[0], gate.free[0]
+        rounds.objective.release()
+        other = free.routes.any(1)
+        line = f"rollout {rollout}, training {training}: {int(other.sum())} of {len(other)} tokens to other experts"
+        for name, found in (("without replay", free), ("with", replayed)):
+            of_these = f", of these {found.gaps[other].abs().mean():.2e}" if other.any() else ""
+            line += f"; {name}: mean difference {found.gaps.abs().mean():.2e}{of_these}"
+        print(line)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, task: str) -> None:

@@ -183,19 +183,22 @@ class Gate:
 
     Args:
         precision: of the training pass: sets the limits that the config leaves open.
+
+    Attributes:
+        seen, free: of the step's micro-batches so far, as trained, and without replay (the first only).
     """
 
     def __init__(self, config: GateConfig, precision: str) -> None:
         self.config = config
         self.logprob, self.routes = config.limits(precision)
         self.warnings: list[str] = []
-        self._seen: list[Differences] = []
-        self._free: list[Differences] = []
+        self.seen: list[Differences] = []
+        self.free: list[Differences] = []
 
     @property
     def wants_unreplayed(self) -> bool:
         """Whether this step has not yet seen what its pass would be without replay: one micro-batch a step is looked at."""
-        return not self._free
+        return not self.free
 
     def compare(
         self,
@@ -216,9 +219,9 @@ class Gate:
             GateError: beyond the limits, with the action "error".
         """
         found = differences(part, seen, logprobs)
-        self._seen.append(found)
+        self.seen.append(found)
         if free is not None:
-            self._free.append(differences(part, *free))
+            self.free.append(differences(part, *free))
         faults = []
         gated = found.gaps[found.gaps >= 0]
         beyond = int((gated > self.logprob).sum())
@@ -246,8 +249,8 @@ class Gate:
         excuses; logprob_gap, logprob_gap_p99, logprob_gap_max: mean, 99th percentile and largest difference, nats. With
         replay, free_...: the same without it.
         """
-        seen, self._seen = self._seen, []
-        free, self._free = self._free, []
+        seen, self.seen = self.seen, []
+        free, self.free = self.free, []
         return {**_told(seen, ""), **_told(free, "free_")}
 
 

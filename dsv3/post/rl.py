@@ -98,6 +98,7 @@ class RlConfig:
     mtp_weight: float = 0.1
     """Lambda: the MTP layers learn the sampled answers, or their drafts would be accepted less and less."""
     precision: str = "bfloat16"
+    """bfloat16 or float32, of rollouts and training pass alike. Not fp8, whose training copy the engine does not run."""
     micro_batch: int = 8
     """Answers of one forward and backward."""
     recompute: bool = False
@@ -126,6 +127,10 @@ class RlConfig:
         if self.reference_every is not None and (self.reference_every < 1 or self.grpo.kl == 0):
             raise ValueError(
                 f"reference_every {self.reference_every} with kl {self.grpo.kl}: give at least 1, and a kl above 0"
+            )
+        if self.precision not in ("bfloat16", "float32"):
+            raise ValueError(
+                f"precision is {self.precision!r}: the engine samples from the copy that is trained: give bfloat16 or float32"
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: a group needs answers that differ, give above 0")

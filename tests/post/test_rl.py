@@ -284,12 +284,12 @@ def test_a_run_started_otherwise_is_refused(tmp_path):
     "wrong",
     [
         dict(group=1), dict(prompts=3, minibatches=5), dict(temperature=0.0), dict(reference_every=0), dict(max_draws=0),
-        dict(precision="int8"),
+        dict(precision="int8"), dict(precision="fp8"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
-        rl_config(**wrong).train()
+        rl_config(**wrong)
 
 
 def test_an_answer_longer_than_the_model_is_refused(tmp_path):
