@@ -5,13 +5,14 @@
     measuring   one haystack of 131,072 tokens holds the facts of every cell (length by depth), `--each` a cell. A cell's prompt
                 is the haystack's first tokens and its question; the engine reads it by chunks of 512 and finds the pages of
                 shorter prompts again, so the map costs little more than one reading of the longest. Greedy, one token
-    arms        short: as pre-trained, plain RoPE; switched: the same weights under YaRN, untrained; extended: both phases
+    arms        short: as pre-trained, plain RoPE; switched: the same weights under YaRN, untrained; extended: both phases;
+                plain: both phases of the same rows, but RoPE left as it is. Each is measured in a process of its own
 
 The model does not start from noise. Retrieval needs two attention heads that work together (look at the token before; find where
 it was the same), and gradient descent takes hours of this CPU to find them; so the first weights hold a blunt pair of them
 (`begin`), which the training sharpens and the extension stretches. What is measured is reach, not how retrieval is learned.
 
-    python -m bench.needle [--work runs/needle] [--part train extend measure plot]      resumes; writes docs/evidence/needle.*
+    python -m bench.needle [--work runs/needle] [--part train extend plain measure plot]      resumes; writes docs/evidence/needle.*
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import csv
 import dataclasses
 import functools
 import json
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.rope import frequencies
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model
-from dsv3.train.checkpoint import latest_checkpoint
+from dsv3.parallel.apply import refresh_copy
+from dsv3.train.checkpoint import latest_checkpoint, load_training
 from dsv3.train.extend import ExtendConfig, extend, extended
 from dsv3.train.metrics import write_atomic
 from dsv3.train.optim import ScheduleConfig
@@ -178,6 +181,20 @@ def train(work: Path, steps: int) -> Path:
     return checkpoint
 
 
+def extend_plainly(work: Path) -> None:
+    """The control: what `extend` does, without YaRN."""
+    start = latest_checkpoint(work / "short")
+    for phase, length in enumerate(EXTEND.lengths):
+        assert start is not None, "run --part train first"
+        config, loader = EXTEND.train_config(phase), Rows(LoaderConfig(seq_len=length, seed=EXTEND.seed + phase))
+        model = DeepseekV3(dataclasses.replace(MODEL, max_position_embeddings=LONGEST))
+        trainer = Trainer(model, loader, config, work / "plain" / f"phase-{phase + 1}")
+        load_training(start, model, trainer.optimizer)
+        refresh_copy(trainer.twin, model)
+        trainer.run()
+        start = latest_checkpoint(trainer.folder)
+
+
 @torch.no_grad()
 def recall(model: DeepseekV3, length: int, rows: int = 2) -> float:
     """Share of the questions in new rows whose answer is the likeliest token."""
@@ -229,19 +246,30 @@ def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], se
     return rows
 
 
-def arms(work: Path) -> dict[str, DeepseekV3]:
-    """The three models, in bfloat16."""
-    short = latest_checkpoint(work / "short")
-    long = latest_checkpoint(work / "long" / f"phase-{len(EXTEND.lengths)}")
-    if short is None or long is None:
-        raise SystemExit(f"{work} holds no trained model: run --part train extend first")
-    plain, extended_model = load_model(short), load_model(long)
-    yarn = DeepseekV3(extended(plain.config, factor=EXTEND.factor, original=SHORT)).to(torch.bfloat16)
-    yarn.load_state_dict(plain.state_dict())
-    # Plain RoPE knows no limit; the engine does, so that a prompt is not answered from positions never trained.
-    reaching = DeepseekV3(dataclasses.replace(plain.config, max_position_embeddings=LONGEST)).to(torch.bfloat16)
-    reaching.load_state_dict(plain.state_dict())
-    return {"extended": extended_model.eval(), "short": reaching.eval(), "switched": yarn.eval()}
+def arm_model(work: Path, arm: str) -> DeepseekV3:
+    """In bfloat16, as it stands on disk; of the short one, the config is changed and the weights are not."""
+    last = f"phase-{len(EXTEND.lengths)}"
+    run = {"extended": work / "long" / last, "plain": work / "plain" / last}.get(arm, work / "short")
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise SystemExit(f"{run} holds no trained model: run --part train extend plain first")
+    model = load_model(checkpoint)
+    if arm in ("extended", "plain"):
+        return model
+    # Plain RoPE knows no limit, the engine keeps the config's; for "short" that alone is raised.
+    longer = dataclasses.replace(model.config, max_position_embeddings=LONGEST)
+    config = longer if arm == "short" else extended(model.config, factor=EXTEND.factor, original=SHORT)
+    other = DeepseekV3(config).to(torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def measure_arm(work: Path, arm: str, each: int, longest: int, threads: int) -> None:
+    """In a new process: its peak memory is this arm's own."""
+    torch.set_num_threads(threads)
+    lengths = tuple(n for n in LENGTHS if n <= longest)
+    rows = measure(arm_model(work, arm), arm, each, lengths)
+    write_atomic(work / f"arm-{arm}.json", json.dumps(rows, indent=1).encode())
 
 
 def plot(work: Path) -> None:
@@ -256,6 +284,7 @@ def plot(work: Path) -> None:
         "extended": f"YaRN, trained to {EXTEND.lengths[-1] // 1024}K",
         "short": f"plain RoPE, trained at {SHORT // 1024}K",
         "switched": "YaRN, untrained",
+        "plain": f"plain RoPE, trained to {EXTEND.lengths[-1] // 1024}K",
     }
     for arm in {r["arm"] for r in results}:
         mine = [r for r in results if r["arm"] == arm]
@@ -268,10 +297,10 @@ def plot(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--part", nargs="*", default=["train", "extend", "measure", "plot"])
+    parser.add_argument("--part", nargs="*", default=["train", "extend", "plain", "measure", "plot"])
     parser.add_argument("--steps", type=int, default=120, help="of pre-training")
     parser.add_argument("--each", type=int, default=4, help="questions a cell")
-    parser.add_argument("--arms", nargs="*", default=["extended", "short", "switched"])
+    parser.add_argument("--arms", nargs="*", default=["extended", "plain", "short", "switched"])
     parser.add_argument("--longest", type=int, default=LONGEST)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -289,14 +318,17 @@ def main() -> None:
         for length in (SHORT, EXTEND.lengths[-1]):
             print(f"extended: recall {recall(model, length, rows=1):.3f} at {length}", flush=True)
         print(f"peak memory of training {peak_memory_mib():.0f} MiB", flush=True)
+    if "plain" in options.part:
+        extend_plainly(options.work)
     if "measure" in options.part:
-        models = arms(options.work)
         for arm in options.arms:
-            path = options.work / f"arm-{arm}.json"
-            if not path.exists():
-                lengths = tuple(n for n in LENGTHS if n <= options.longest)
-                rows = measure(models[arm], arm, options.each, lengths)
-                write_atomic(path, json.dumps(rows, indent=1).encode())
+            if not (options.work / f"arm-{arm}.json").exists():
+                given = (options.work, arm, options.each, options.longest, options.threads)
+                process = multiprocessing.get_context("spawn").Process(target=measure_arm, args=given)
+                process.start()
+                process.join()
+                if process.exitcode:
+                    raise SystemExit(f"measuring {arm} ended with {process.exitcode}")
     if "plot" in options.part:
         plot(options.work)
 
