@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import time
@@ -236,6 +237,7 @@ def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], se
                 prompt = [*text[: length - 3].tolist(), ASK, int(text[place + 1])]
                 (answer,) = engine.complete([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
                 samples.append({"grades": {"found": answer.token_ids == [int(text[place + 2])]}})
+                gc.collect()  # request and sequence hold each other: 44 long prompts would wait here for the collector
             about = {"length": length, "depth": depth}
             rows.append({"arm": arm, "about": about, "samples": samples})
         seconds, peak = time.perf_counter() - started, peak_memory_mib()
