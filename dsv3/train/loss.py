@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv3.kernels.cross_entropy import head_cross_entropy
-from dsv3.model.transformer import DeepseekV3
+from dsv3.model.transformer import DeepseekV3, Hidden
 
 
 class Losses(NamedTuple):
@@ -89,15 +89,25 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainObjective:
-    """Next-token prediction at every position of full rows (data.loader.Batch)."""
+class SplitObjective:
+    """An Objective in two halves around the model's forward, so that a pipeline can run the forward in stages."""
 
-    mask_documents: bool = False
-    """Keep attention inside a document."""
+    def inputs(self, batch: Any, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T + M) and mask (B, T, T) of `DeepseekV3.hidden`."""
+        raise NotImplementedError
 
-    def shares(self, batch: Any) -> Tensor:
-        return torch.ones(batch.tokens.shape[0], dtype=torch.float64)
+    def losses(
+        self,
+        hidden: Hidden,
+        head: Tensor,
+        batch: Any,
+        rows: slice,
+        *,
+        mtp_weight: float,
+        alpha: float,
+    ) -> Step:
+        """What the states (B, T, D) and the head (V, D) make of the rows; see Objective."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -110,19 +120,40 @@ class PretrainObjective:
         alpha: float,
         device: torch.device,
     ) -> Step:
-        tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
-        length = tokens.shape[1] - depth
-        mask = document_mask(batch.doc_ids[rows, :length].to(device)) if self.mask_documents else None
+        tokens, mask = self.inputs(batch, rows, depth=depth, device=device)
         hidden = model.hidden(tokens, depth=depth, mask=mask, balance=alpha > 0)
-        losses = training_losses(
-            hidden.main,
-            hidden.mtp,
-            hidden.routing.balance,
-            model.lm_head.weight,
-            targets,
-            mtp_weight=mtp_weight,
-            alpha=alpha,
-        )
+        return self.losses(hidden, model.lm_head.weight, batch, rows, mtp_weight=mtp_weight, alpha=alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainObjective(SplitObjective):
+    """Next-token prediction at every position of full rows (data.loader.Batch)."""
+
+    mask_documents: bool = False
+    """Keep attention inside a document."""
+
+    def shares(self, batch: Any) -> Tensor:
+        return torch.ones(batch.tokens.shape[0], dtype=torch.float64)
+
+    def inputs(self, batch: Any, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        tokens = batch.tokens[rows].to(device)
+        if not self.mask_documents:
+            return tokens, None
+        return tokens, document_mask(batch.doc_ids[rows, : tokens.shape[1] - depth].to(device))
+
+    def losses(
+        self,
+        hidden: Hidden,
+        head: Tensor,
+        batch: Any,
+        rows: slice,
+        *,
+        mtp_weight: float,
+        alpha: float,
+    ) -> Step:
+        targets = batch.targets[rows].to(hidden.main.device)
+        balance = hidden.routing.balance
+        losses = training_losses(hidden.main, hidden.mtp, balance, head, targets, mtp_weight=mtp_weight, alpha=alpha)
         return Step(losses, hidden.routing.counts, {})
 
 

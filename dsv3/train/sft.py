@@ -38,7 +38,7 @@ from dsv3.model.transformer import DeepseekV3, Hidden, Routing
 from dsv3.model.weights import config_of, load_model
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import latest_checkpoint
-from dsv3.train.loss import Step, document_mask, join_losses
+from dsv3.train.loss import SplitObjective, Step, document_mask, join_losses
 from dsv3.train.optim import CosineConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 
@@ -125,45 +125,39 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
-class SftObjective:
+class SftObjective(SplitObjective):
     """Cross entropy of what is to be learnt in packed rows (data.packing.PackedBatch)."""
 
     def shares(self, batch: PackedBatch) -> Tensor:
         """A row counts by its learnt targets, so that every target of the step counts alike."""
         return batch.learn.sum(1).double()
 
-    def __call__(
+    def inputs(self, batch: PackedBatch, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        mask = document_mask(batch.doc_ids[rows, : batch.tokens.shape[1] - depth].to(device))
+        return batch.tokens[rows].to(device), mask
+
+    def losses(
         self,
-        model: DeepseekV3,
+        hidden: Hidden,
+        head: Tensor,
         batch: PackedBatch,
         rows: slice,
         *,
-        depth: int,
         mtp_weight: float,
         alpha: float,
-        device: torch.device,
     ) -> Step:
-        length = batch.tokens.shape[1] - depth
-        hidden = _forward(model, batch, rows, depth, device, balance=alpha > 0)
+        device, length = hidden.main.device, hidden.main.shape[1]
         share = batch.learn[rows].sum() / batch.learn.sum()
         means = []
         for k, state in enumerate((hidden.main, *hidden.mtp)):
             valid = batch.valid(k, length)
-            mean = _mean(state, model.lm_head.weight, batch.targets[rows, k : k + length], valid[rows], device)
+            mean = _mean(state, head, batch.targets[rows, k : k + length], valid[rows], device)
             # Of all targets of this depth in the step these rows hold another share than of the main model's.
             means.append(mean * float(valid[rows].sum() / valid.sum().clamp_min(1) / share))
         # Its mean is over rows, and the trainer multiplies by the share of the targets.
         balance = hidden.routing.balance * float(batch.tokens[rows].shape[0] / batch.tokens.shape[0] / share)
         losses = join_losses(means[0], tuple(means[1:]), balance, mtp_weight=mtp_weight, alpha=alpha)
         return Step(losses, _counts_without_padding(hidden.routing, batch.doc_ids[rows, :length].to(device)), {})
-
-
-def _forward(
-    model: DeepseekV3, batch: PackedBatch, rows: slice, depth: int, device: torch.device, *, balance: bool = False
-) -> Hidden:
-    length = batch.tokens.shape[1] - depth
-    mask = document_mask(batch.doc_ids[rows, :length].to(device))
-    return model.hidden(batch.tokens[rows].to(device), depth=depth, mask=mask, balance=balance)
 
 
 def _mean(state: Tensor, head: Tensor, targets: Tensor, valid: Tensor, device: torch.device) -> Tensor:
@@ -193,7 +187,8 @@ def measure(model: DeepseekV3, batches: list[PackedBatch]) -> dict[str, Any]:
     agreement, nats, right, count = Agreement(depth), 0.0, 0, 0
     for batch in batches:
         rows, length = slice(None), batch.tokens.shape[1] - depth
-        hidden = _forward(model, batch, rows, depth, device)
+        tokens, mask = SftObjective().inputs(batch, rows, depth=depth, device=device)
+        hidden = model.hidden(tokens, depth=depth, mask=mask)
         valid = batch.valid(0, length).to(device)
         states, targets = hidden.main[valid], batch.targets[:, :length].to(device)[valid]
         for part, wanted in zip(states.split(2048), targets.split(2048)):
