@@ -8,7 +8,7 @@ that one big .txt can be shuffled and held out in parts; code files and records 
 The default corpus is what every Python carries: the sources of its standard library (`python:code`) and, as English,
 their documentation strings and the language reference of `pydoc` (`python:english`). Left out: test folders, idlelib,
 lib2to3, turtledemo, installed packages, and encodings (generated tables).
-Does not: filter quality or find near-duplicates (the extra `data` brings datatrove for that).
+Does not: filter quality, find near-duplicates or run on several machines (data/pipeline.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CODE_SUFFIXES = """
     .sql .lua .r .jl .hs .ml .ex .erl .clj .zig .html .css .toml .yaml .yml .tex .cmake
 """
 _CODE = frozenset(_CODE_SUFFIXES.split())
-_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # Where a record keeps its text, and what joins several fields (a HumanEval solution continues its prompt's last line).
 _FIELDS = (
     (("text",), ""),
@@ -116,7 +116,7 @@ def read_documents(
     report = ReadReport() if report is None else report
     found = False
     for path in paths:
-        for where, text in _read_path(str(path), report):
+        for where, text in read_path(str(path), report):
             if not text.strip():
                 report.left_out["empty documents"] += 1
                 continue
@@ -196,12 +196,13 @@ def _move(origin: list[Document], target: list[Document], text: str) -> None:
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
-def _read_path(name: str, report: ReadReport) -> Iterator[tuple[str, str]]:
+def read_path(name: str, report: ReadReport) -> Iterator[tuple[str, str]]:
+    """(where, text) of each document of a file, a folder or a part of Python; raises as `read_source`."""
     path = Path(name)
     if name in (PYTHON_CODE, PYTHON_ENGLISH):
         yield from _python_code(report) if name == PYTHON_CODE else _python_english(report)
     elif path.is_dir():
-        for file in _walk(path, report):
+        for file in walk_files(path, report):
             yield from _read_file(file, report, named=False)
     elif path.is_file():
         yield from _read_file(path, report, named=True)
@@ -209,7 +210,7 @@ def _read_path(name: str, report: ReadReport) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path} does not exist: give a file or a folder")
 
 
-def _walk(folder: Path, report: ReadReport, without: frozenset[str] = frozenset()) -> Iterator[Path]:
+def walk_files(folder: Path, report: ReadReport, without: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Files below a folder by sorted path, links to folders not followed."""
     for root, folders, files in os.walk(folder, onerror=_raise):
         report.left_out.update("hidden folders" for name in folders if name.startswith("."))
@@ -233,10 +234,10 @@ def _read_file(path: Path, report: ReadReport, *, named: bool) -> Iterator[tuple
     """(where, text) of each document of a file. named: by the user, so what cannot be read is an error."""
     name, suffix = path.name.lower(), path.suffix.lower()
     try:
-        if name.endswith(_LINES):
+        if name.endswith(LINES):
             yield from _read_lines(path)
         elif suffix == ".parquet":
-            yield from _read_parquet(path)
+            yield from ((where, text_of(row, where)) for where, row in parquet_rows(path))
         elif suffix not in _PROSE | _CODE:
             if named:
                 raise ValueError(f"{path} ends in {suffix or 'no suffix'}: dsv3 reads {_KNOWN}")
@@ -276,15 +277,21 @@ def _cut(where: str, text: str) -> Iterator[tuple[str, str]]:
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
     number = 0
     try:
-        with _open(path) as file:
+        with open_lines(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _text_of(_json(line, f"{path}:{number}"), f"{path}:{number}")
+                    yield f"{path}:{number}", text_of(parse_line(line, f"{path}:{number}"), f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged behind line {number} ({error}): fetch it again") from None
 
 
-def _open(path: Path) -> AbstractContextManager[Iterable[bytes]]:
+def is_readable(path: Path) -> bool:
+    """Whether a reader takes files of this name."""
+    return path.name.lower().endswith((*LINES, ".parquet")) or path.suffix.lower() in _PROSE | _CODE
+
+
+def open_lines(path: Path) -> AbstractContextManager[Iterable[bytes]]:
+    """Lines of a .jsonl file, also .gz and .zst. A damaged one raises EOFError, gzip.BadGzipFile or zlib.error."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() != ".zst":
@@ -323,7 +330,8 @@ class _ZstdLines(AbstractContextManager[Iterable[bytes]]):
             yield rest
 
 
-def _json(line: bytes, where: str) -> Any:
+def parse_line(line: bytes, where: str) -> Any:
+    """A line's JSON; a ValueError says where it is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -334,7 +342,8 @@ def _json(line: bytes, where: str) -> Any:
         raise ValueError(f"{where} is no JSON ({error.msg}): one JSON object a line is needed") from None
 
 
-def _text_of(row: Any, where: str) -> str:
+def text_of(row: Any, where: str) -> str:
+    """The text of a record, by the names of its fields; a ValueError says where it has none."""
     if isinstance(row, dict):
         for names, joint in _FIELDS:
             if all(isinstance(row.get(name), str) for name in names):
@@ -344,7 +353,8 @@ def _text_of(row: Any, where: str) -> str:
     raise ValueError(f"{where} holds {found}, no text that dsv3 knows: rename the field to one of {known}")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
+def parquet_rows(path: Path, *, whole: bool = False) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a parquet file; unless `whole`, only of the columns that hold the text, if their names are known."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -355,10 +365,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
         with parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
             wanted = next((fields for fields, _ in _FIELDS if names.issuperset(fields)), tuple(names))
-            for batch in file.iter_batches(batch_size=1024, columns=list(wanted)):
+            for batch in file.iter_batches(batch_size=1024, columns=None if whole else list(wanted)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", _text_of(row, f"{path}:{number}")
+                    yield f"{path}:{number}", row
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no readable parquet file behind row {number} ({error}): fetch it again") from None
 
@@ -368,7 +378,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
 
 def _python_code(report: ReadReport) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in _walk(root, ReadReport(), _NOT_CORPUS) if path.suffix == ".py"] if root.is_dir() else []
+    files = [path for path in walk_files(root, ReadReport(), _NOT_CORPUS) if path.suffix == ".py"] if root.is_dir() else []
     # The build's own settings hold paths and versions of this machine.
     files = [path for path in files if not path.name.startswith("_sysconfigdata")]
     if not files:

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsv3.data.conversations import MOST_TOLD, read_json_lines
+from dsv3.data.decontaminate import Decontaminator
 from dsv3.evals.sandbox import Sandbox
-from dsv3.post.distill_filter import Decontaminator, is_repetitive, language_of, mixes_languages
+from dsv3.post.distill_filter import is_repetitive, language_of, mixes_languages
 from dsv3.post.distill_teacher import Asked, EngineTeacher, HttpTeacher, Reply, Request, RequestLog, Sampling, Teacher
 from dsv3.post.rewards import Rewarder
 from dsv3.post.tasks import Problem

@@ -15,10 +15,11 @@ import torch
 
 from dsv3.data.chat import ChatFormat
 from dsv3.data.conversations import ConversationSource, ReadingReport, read_conversations
+from dsv3.data.decontaminate import Decontaminator
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.weights import save_model
 from dsv3.post.distill import REFLECT, DistillConfig, read_problems, run_distill
-from dsv3.post.distill_filter import Decontaminator, is_repetitive, language_of, mixes_languages
+from dsv3.post.distill_filter import is_repetitive, language_of, mixes_languages
 from dsv3.post.distill_teacher import HttpTeacher, Reply, Request, RequestLog, Sampling, read_reply
 from tests.model.tiny import TINY, random_model
 from tests.post.teacher import FakeTeacher, completion, serving
@@ -464,35 +465,6 @@ def test_a_problem_of_an_evaluation_set_is_never_asked(tmp_path):
     assert not any("farmer" in question for question in fake.asked)
     with pytest.raises(ValueError, match="does not exist: give the evaluation sets' own files"):
         Decontaminator([tmp_path / "none"])
-
-
-def test_runs_of_words_and_whole_short_items_contaminate():
-    long = "Take the first nine primes, multiply them pairwise and add up every third of the products"
-    guard = Decontaminator(ngram=8)
-    guard.add(f"{long}.", "bench record 1")
-    guard.add("What is the capital of France?", "bench record 2")
-    assert guard.touches(f"Please: {long.upper()}!") == "bench record 1"
-    assert guard.touches("Take the first nine primes and stop") is None
-    assert guard.touches("Tell me: what is the capital of France, please") == "bench record 2"
-    assert guard.touches("What is the capital of Spain?") is None
-
-
-def test_published_sets_are_found_in_their_own_paraphrase():
-    data = Path(__file__).parents[2] / "shared" / "data"
-    if not data.exists():
-        data = Path(__file__).parents[3] / "shared" / "data"
-    files = sorted(data.glob("gsm8k/*test*.jsonl"))
-    if not files:
-        pytest.skip("no copy of GSM8K here")
-    guard = Decontaminator(files[:1])
-    items = [json.loads(line)["question"] for line in files[0].read_text().splitlines()[:200]]
-    assert all(guard.touches(f"Solve this. {item} Show your work.") for item in items)
-    assert (
-        guard.touches(
-            "A baker sells 3 loaves at 2 dollars each and a cake for 5. How much does he get for all of them?"
-        )
-        is None
-    )
 
 
 @pytest.mark.parametrize(
