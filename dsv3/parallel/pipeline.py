@@ -18,6 +18,7 @@ Does not: shard parameters (a stage may be wrapped by fully_shard before it is g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,9 +104,14 @@ class Pipeline:
         run = Run(feed, self.config, shape=shape, stream=self.stream, balance=balance, device=self.device)
         for stage in self.stages:
             stage.zero_grad(set_to_none=True)
+            stage.run = run
         numbers = torch.arange(micro_batches)
         schedule = self._schedule(micro_batches, shape)
-        schedule.step(micro=numbers, run=run, target=numbers, return_outputs=False)
+        try:
+            schedule.step(micro=numbers, target=numbers, return_outputs=False)
+        finally:
+            for stage in self.stages:
+                stage.run = None
         sync_shared_gradients(self.stages, self.group)
         dist.all_reduce(run.counts, group=self.group)
         return self._tell(run, micro_batches), run.counts
@@ -119,7 +125,7 @@ class Pipeline:
             scalar = torch.empty((), device="meta").requires_grad_()
             between = (x.requires_grad_(), scalar)
             stages = [
-                PipelineStage(
+                _LibraryStage(
                     stage,
                     stage.part.index,
                     stage.part.stages,
@@ -127,6 +133,7 @@ class Pipeline:
                     input_args=() if stage.part.first else between,
                     output_args=(scalar,) if stage.part.last else between,
                     group=self.group,
+                    dw_builder=_undivided if _is_woven(stage) else None,
                 )
                 for stage in self.stages
             ]
@@ -142,6 +149,23 @@ class Pipeline:
             told = [tree_map(_plain, [run.records[micro] for micro in range(number)])]
         dist.broadcast_object_list(told, group=self.group, group_src=self.parts[-1].rank)
         return told[0]
+
+
+class _LibraryStage(PipelineStage):
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Greet the neighbours, but not oneself at the bottom of the V: gloo has no such connection (torch to 2.11 or 2.12)."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+def _is_woven(stage: Stage) -> bool:
+    """Whether a weight is read both before and after another read of it: the embedding, by several MTP depths. The library
+    then runs into the same nodes twice when it takes the weights' half of the backward pass."""
+    return len(stage.model.mtp_layers) > 1
+
+
+def _undivided() -> Callable[[], None]:
+    """For the library: the input's half was the whole backward pass, nothing is left for the weights' half."""
+    return lambda: None
 
 
 def accumulate_in_float32(module: nn.Module) -> None:

@@ -191,6 +191,7 @@ class Stage(DeepseekV3):
         with torch.device("meta"):
             super().__init__(config)
         self.part = part
+        self.run: Run | None = None  # during a step
         for layer in set(range(config.num_layers_with_mtp)) - set(part.layers):
             del self.model.layers._modules[str(layer)]  # deleting by index would number the rest anew
         if not part.embedding:
@@ -216,15 +217,16 @@ class Stage(DeepseekV3):
                 setattr(owner, name, copy.deepcopy(getattr(source, name)))
         return stage
 
-    def forward(self, *received: Tensor, micro: Tensor, run: Run) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, *received: Tensor, micro: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """One micro-batch: x (B, T, D) and balance () of the stage before, nothing in the first -> the same for the next.
 
         The last stage returns the scalar that the backward pass starts from.
 
         Args:
-            micro: int64 (1,) on the CPU, which micro-batch: the library's schedules hand out slices of tensors.
+            micro: int64 (1,) on the CPU, which micro-batch of `run`: the library's schedules hand out slices of tensors alone.
         """
-        number, depth = int(micro), self.config.num_nextn_predict_layers
+        assert self.run is not None, "only Pipeline.step runs a stage"
+        run, number, depth = self.run, int(micro), self.config.num_nextn_predict_layers
         tokens, mask = run.feed.inputs(number)
         assert tokens.shape == run.shape, f"micro-batch {number} is {tuple(tokens.shape)}, the first {tuple(run.shape)}"
         length = tokens.shape[1] - depth
@@ -257,7 +259,7 @@ class Stage(DeepseekV3):
         routing = self._counted(run, number, seen, x)
         hidden = Hidden(main, tuple(states), routing._replace(balance=carried + routing.balance))
         loss, run.records[number] = run.feed.loss(number, hidden, self.lm_head.weight)
-        return loss
+        return loss + 0.0 * hidden.routing.balance  # the library sends a gradient of all that came in
 
     def _counted(self, run: Run, micro: int, seen: list[Routed], like: Tensor) -> Routing:
         """This stage's routing, its load added to the step's."""
