@@ -6,7 +6,8 @@
 
 The order of forwards and backwards is the library's: Schedule1F1B, ScheduleZBVZeroBubble and ScheduleDualPipeV of
 torch.distributed.pipelining. The two zero-bubble schedules run the backward pass in two halves, for the input at once and
-for the weights when there is nothing else to do; their stages lie in a V, two a rank.
+for the weights when there is nothing else to do; their stages lie in a V, two a rank. Not every backward pass divides: see
+`_divides`. And our own operators (experts, norms, head) do not know which half is wanted: they compute both each time.
 
 Every rank of the group reads the same batch (stage.Feed). A step ends with three exchanges over the group: the gradients of
 the embedding and of its replica in the last stage become their sum, the loads of all routers one table, and the last stage's
@@ -33,8 +34,8 @@ from dsv3.parallel.stage import STAGES_A_RANK, Feed, Run, Stage, split
 
 
 def least_micro_batches(ranks: int, schedule: str) -> int:
-    """As many as the schedule needs to have every rank at work at once."""
-    return {"1f1b": ranks, "zero-bubble": 2 * ranks - 1, "dualpipev": 2 * ranks}[schedule]
+    """As few as the library's schedule takes. ZB-V takes any number, and keeps every rank at work from 2·ranks - 1 on."""
+    return {"1f1b": ranks, "zero-bubble": 1, "dualpipev": 2 * ranks}[schedule]
 
 
 def micro_batches(rows: int, micro_batch: int, ranks: int, schedule: str) -> list[slice]:
@@ -69,7 +70,7 @@ class Pipeline:
         stream: dtype of the states that the layers pass on (that of the head in the compute copy).
 
     Raises:
-        ValueError: the stages are not this rank's.
+        ValueError: the stages are not this rank's, or are compiled where the schedule divides their backward pass.
     """
 
     def __init__(self, stages: list[Stage], group: dist.ProcessGroup, schedule: str, *, stream: torch.dtype) -> None:
@@ -82,6 +83,10 @@ class Pipeline:
             raise ValueError(
                 f"rank {self.rank} of {self.ranks} holds stages {[part.index for part in mine]} under {schedule!r}, and was "
                 f"given {[stage.part for stage in stages]}: build those of split(config, {self.ranks}, {schedule!r})"
+            )
+        if STAGES_A_RANK[schedule] > 1 and any(_divides(stage) and _is_compiled(stage) for stage in stages):
+            raise ValueError(
+                f"compiled layers have one backward pass, and {schedule!r} takes it in two halves: drop compile, or use '1f1b'"
             )
         self.device = next(stages[0].parameters()).device
         self._built: tuple[Any, Any] = (None, None)
@@ -133,7 +138,7 @@ class Pipeline:
                     input_args=() if stage.part.first else between,
                     output_args=(scalar,) if stage.part.last else between,
                     group=self.group,
-                    dw_builder=_undivided if _is_woven(stage) else None,
+                    dw_builder=None if _divides(stage) else _undivided,
                 )
                 for stage in self.stages
             ]
@@ -157,10 +162,18 @@ class _LibraryStage(PipelineStage):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
-def _is_woven(stage: Stage) -> bool:
-    """Whether a weight is read both before and after another read of it: the embedding, by several MTP depths. The library
-    then runs into the same nodes twice when it takes the weights' half of the backward pass."""
-    return len(stage.model.mtp_layers) > 1
+def _divides(stage: Stage) -> bool:
+    """Whether the zero-bubble schedules may take a stage's backward pass in two halves.
+
+    Not where layers are computed again in it (apply.prepare: recomputation, FP8's kept activations), for each half would do
+    so; nor where several MTP depths read the embedding, one behind the other: the library then meets the same nodes twice.
+    """
+    again = any({"forward", "attention_block"} & vars(layer).keys() for layer in stage.model.layers)
+    return not again and len(stage.model.mtp_layers) < 2
+
+
+def _is_compiled(stage: Stage) -> bool:
+    return any(layer._compiled_call_impl is not None for layer in stage.model.layers)
 
 
 def _undivided() -> Callable[[], None]:
