@@ -273,9 +273,8 @@ class Engine:
             return deltas
         self.stats.steps, self.stats.rows = self.stats.steps + 1, self.stats.rows + len(states)
         starts = list(itertools.accumulate((len(c.tokens) for c in chunks), initial=0))
-        ready = [
-            i for i, c in enumerate(chunks) if c.sequence.decoding or c.start + c.count == c.sequence.prompt_length
-        ]
+        # One that was set aside reads its own answer again: the end of its prompt is no place to draw from a second time.
+        ready = [i for i, c in enumerate(chunks) if c.sequence.decoding or _ends_prompt(c)]
         rows = [row for i in ready for row in range(starts[i] + chunks[i].count - 1, starts[i + 1])]
         logits = self._forbid_unused(self.runner.logits(states[rows])) if rows else torch.empty(0, 1)
         best, at = logits.max(-1) if rows else (logits, logits), 0
@@ -470,6 +469,11 @@ class Engine:
             for key, page in zip(sequence.keys, sequence.pages):
                 self.tier.keep(key, self.store, page)
         self.scheduler.remove(sequence)
+
+
+def _ends_prompt(chunk: Chunk) -> bool:
+    """Whether the answer's first token is drawn behind this chunk."""
+    return not chunk.sequence.answered and chunk.start + chunk.count == chunk.sequence.prompt_length
 
 
 def _segment(chunk: Chunk) -> Segment:

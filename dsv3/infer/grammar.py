@@ -115,10 +115,11 @@ class Grammars:
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar. Guesses go on in a copy: one that breaks the grammar does not break the answer."""
 
     def __init__(self, made: Any, ends: Sequence[int]) -> None:
-        self._made, self._ends, self._guessed = made, ends, 0
+        self._made, self._ends = made, ends
+        self._ahead: Any = None
 
     def allowed(self) -> Tensor:
         """(V,) boolean: tokens that may come next.
@@ -126,8 +127,9 @@ class Matcher:
         Raises:
             RuntimeError: the grammar went beyond its limits.
         """
-        bits = self._made.compute_bitmask()
-        self._check()
+        at = self._ahead or self._made
+        bits = at.compute_bitmask()
+        _check(at)
         return torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool))
 
     def mask(self, logits: Tensor) -> Tensor:
@@ -139,33 +141,31 @@ class Matcher:
 
     def take(self, token: int) -> None:
         """The answer goes on with this token, which was allowed. Guesses must be forgotten before."""
-        assert not self._guessed
+        assert self._ahead is None
         if token not in self._ends:
-            self._consume(token)
+            self._made.consume_token(token)
+            _check(self._made)
 
     def guess(self, token: int) -> None:
         """Go on for now: `forget_guesses` comes back here."""
-        if token not in self._ends and not self._made.is_stopped():
-            self._consume(token)
-            self._guessed += 1
+        if self._ahead is None:
+            self._ahead = self._made.deep_copy()
+        if token not in self._ends and not self._ahead.is_stopped():
+            self._ahead.consume_token(token)
+            _check(self._ahead)
 
     def forget_guesses(self) -> None:
-        if self._guessed:
-            self._made.rollback(self._guessed)
-            self._guessed = 0
+        self._ahead = None
 
     @property
     def finished(self) -> bool:
         """Whether nothing may follow but an end."""
         return self._made.is_stopped()
 
-    def _consume(self, token: int) -> None:
-        self._made.consume_token(token)
-        self._check()
 
-    def _check(self) -> None:
-        if self._made.is_error():
-            raise RuntimeError(f"the grammar could not be followed: {_first_line(self._made.get_error())}")
+def _check(made: Any) -> None:
+    if made.is_error():
+        raise RuntimeError(f"the grammar could not be followed: {_first_line(made.get_error())}")
 
 
 class _Tokens:

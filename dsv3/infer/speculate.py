@@ -56,8 +56,9 @@ class Speculator:
             self._chain(live, out[ends])
 
     def _chain(self, sequences: list[Sequence], state: Tensor) -> None:
+        begun = sequences
         for step in range(self.drafts):
-            keep = [i for i, s in enumerate(sequences) if _room(s) > step]
+            keep = [i for i, s in enumerate(sequences) if len(s.drafts) == step and _room(s) > step]
             if not keep:
                 break
             sequences, state = [sequences[i] for i in keep], state[keep]
@@ -67,10 +68,16 @@ class Speculator:
             logits = self._allow(self.runner.logits(state))
             likeliest = logits.argmax(-1).tolist()
             for i, sequence in enumerate(sequences):
-                token, guess = _guess(sequence, logits[i], likeliest[i])
+                try:
+                    token, guess = _guess(sequence, logits[i], likeliest[i])
+                except (
+                    Exception
+                ):  # a grammar that breaks here: without drafts the engine asks it itself, and fails this answer
+                    sequence.drafts, sequence.guesses = [], []
+                    continue
                 sequence.drafts.append(token)
                 sequence.guesses.append(guess)
-        for sequence in sequences:
+        for sequence in begun:  # those too whose chain was the shorter one
             if sequence.work.matcher is not None:
                 sequence.work.matcher.forget_guesses()
 

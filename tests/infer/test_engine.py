@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.infer.engine import Engine
-from dsv3.infer.grammar import json_schema, regex
+from dsv3.infer.grammar import Matcher, json_schema, regex
 from dsv3.infer.sampling import SamplingParams
 from tests.infer.letters import Letters, engine
 from tests.model.tiny import random_model
@@ -307,6 +307,49 @@ def test_one_sequence_that_breaks_fails_alone():
     assert "finite" in parts[bad.id, 0][-1].error
     assert tokens_of(parts[good.id, 0]) == answer(engine(), [5, 9, 1], max_tokens=8).token_ids
     assert e.scheduler.book.held == 0
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_one_set_aside_draws_nothing_twice_where_a_chunk_ends_with_its_prompt(drafts):
+    """Its prompt is 32 tokens, read again by 16 beside a neighbour and its draft: a chunk ends where the answer began."""
+    step = 16 + 2 * drafts
+    e = engine(drafts=drafts, cache_gb=PAGES(3, mtp=drafts > 0), step_tokens=step, max_running=4, share=False)
+    asked = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0)
+    older, younger = (e.add(LONG[i : i + 32], asked) for i in (0, 40))
+    parts = drain(e, [older, younger])
+    assert e.stats.preemptions > 0
+    for request in (older, younger):
+        alone = next(engine(drafts=drafts).complete([request.prompt], asked))
+        assert tokens_of(parts[request.id, 0]) == alone.token_ids
+
+
+def test_a_chain_cut_short_forgets_its_guesses():
+    """The answer with no room for the third draft leaves the chain before its neighbour does."""
+    e = engine(drafts=3)
+    requests = [e.add([5, 9], SamplingParams(max_tokens=n, grammar=regex("[a-z ]{30}"))) for n in (3, 20)]
+    parts = drain(e, requests)
+    for request, count in zip(requests, (3, 20)):
+        assert [d.error for d in parts[request.id, 0] if d.error] == []
+        assert len(tokens_of(parts[request.id, 0])) == count
+
+
+def test_a_grammar_that_breaks_among_guesses_costs_nobody_anything(monkeypatch):
+    """Not its own answer either: what is guessed changes how fast a text comes, never which."""
+    e = engine(drafts=2)
+    asked = SamplingParams(max_tokens=20, grammar=regex("[a-z ]{30}"))
+    first, second = e.add([5, 9], asked), e.add([5, 33], asked)
+    calm = e.add([7], SamplingParams(max_tokens=20, ignore_eos=True))
+    guess, broken = Matcher.guess, first.sequences[0].work.matcher
+
+    def breaks(matcher, token):
+        guess(matcher, Letters().encode("!")[0] if matcher is broken else token)  # which the grammar does not allow
+
+    monkeypatch.setattr(Matcher, "guess", breaks)
+    parts = drain(e, [first, second, calm])
+    assert (first.sequences[0].work.drafted, second.sequences[0].work.drafted > 0) == (0, True)
+    for request, prompt, params in ((first, [5, 9], asked), (second, [5, 33], asked), (calm, [7], calm.params)):
+        alone = next(engine(drafts=0).complete([prompt], params))
+        assert tokens_of(parts[request.id, 0]) == alone.token_ids
 
 
 def test_refusals_name_both_values():

@@ -82,6 +82,17 @@ def test_guesses_are_forgotten(grammars):
     assert matcher.finished
 
 
+def test_a_guess_that_breaks_the_grammar_is_forgotten_too(grammars):
+    matcher = grammars.matcher(regex("abc"))
+    matcher.guess(*Letters().encode("a"))
+    with pytest.raises(RuntimeError, match="could not be followed"):
+        matcher.guess(*Letters().encode("!"))
+    matcher.forget_guesses()
+    for letter in "abc":
+        matcher.take(*Letters().encode(letter))
+    assert matcher.finished
+
+
 def test_a_grammar_that_asks_for_too_much_work_is_refused_or_bounded(grammars):
     start = time.process_time()
     for hostile in (regex("a{1000}{1000}{1000}"), regex("(x+x+)+y"), json_schema({"minItems": 10**7, "type": "array"})):
