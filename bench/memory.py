@@ -54,7 +54,7 @@ def measure(precision: str, rows: int, length: int, large: bool) -> dict[str, An
     copies = [p for p in trainer.twin.parameters() if id(p) not in masters] + codes
     moments = [t for state in trainer.optimizer.state.values() for t in state.values()]
     found = {
-        "masters": _bytes(list(model.parameters())), "gradients": _bytes(trainer._grads), "copies": _bytes(copies),
+        "masters": _bytes(list(model.parameters())), "gradients": _bytes(trainer.workers.grads), "copies": _bytes(copies),
         "moments": _bytes(moments), "activations": _activations(trainer, rows, length),
     }  # fmt: skip
     return {**{k: round(v / 2**20, 1) for k, v in found.items()}, "peak": round(peak_memory_mib())}

@@ -95,7 +95,7 @@ def fp8_modules(model: nn.Module) -> list[Fp8Linear | Fp8Experts]:
 
 
 class Fp8Linear(nn.Module):
-    """y = x Wᵀ in FP8. `weight` is the master; `refresh` casts it."""
+    """y = x Wᵀ in FP8. `weight` is the master; `refresh` casts it, at the next forward where the codes are said to be `stale`."""
 
     def __init__(self, weight: nn.Parameter, keep: str) -> None:
         super().__init__()
@@ -104,13 +104,15 @@ class Fp8Linear(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self.cast = Fp8(*cast_blocks(self.weight))
+        self.cast, self.stale = Fp8(*cast_blocks(self.weight)), False
 
     def casts(self) -> list[Fp8]:
         return [self.cast]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) bfloat16 -> (..., O) bfloat16."""
+        if self.stale:
+            self.refresh()
         flat = x.flatten(0, -2)
         y = _linear(flat, self.weight, *_tiles_of(x), *self.cast, self.keep)
         return y.unflatten(0, x.shape[:-1])
@@ -127,12 +129,15 @@ class Fp8Experts(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         self.gate_up, self.down = Fp8(*cast_blocks(self.gate_up_proj)), Fp8(*cast_blocks(self.down_proj))
+        self.stale = False
 
     def casts(self) -> list[Fp8]:
         return [self.gate_up, self.down]
 
     def forward(self, x: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
         """x (N, D) bfloat16, weights (N, K) float32 -> (N, D), weighted and summed."""
+        if self.stale:
+            self.refresh()
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         tiles = cast_tiles(x.detach(), pow2=True)
         h = _experts_up(x, self.gate_up_proj, *tiles, *self.gate_up, order, inverse, offsets)

@@ -1,9 +1,11 @@
-"""The one ordered list of what is done to a model between its building and its training: compute copy (bfloat16, or FP8 as
-well) -> recompute -> compile.
+"""The one ordered list of what is done to a model between its building and its training.
+
+    one process     compute copy (bfloat16, or FP8 as well) -> recompute -> compile
+    a mesh          FP8 -> experts spread -> recompute -> compile -> sharded
 
 `compute_copy` gives the twin that forwards and backwards run on, while the float32 masters stay with the optimizer: every
 matrix of a product is cast, and embedding, norms, router and router bias are the masters themselves (shared objects).
-Expert and data parallelism take their places in this list (issue 6). Does not: start processes.
+On a mesh shards are the masters, and FSDP's gathered weights the copy. Does not: start processes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv3.model.fp8 import fp8_modules, is_swapped, keeping, swap_fp8
 from dsv3.model.transformer import DeepseekV3, RMSNorm, Router
+from dsv3.parallel.expert import spread_experts
+from dsv3.parallel.fsdp import shard
+from dsv3.parallel.mesh import Mesh
 
 PRECISIONS = ("bfloat16", "float32", "fp8")
 
@@ -58,6 +63,20 @@ def refresh_copy(twin: DeepseekV3, master: DeepseekV3) -> None:
     pairs = [(t, m) for t, m in both if t is not m and m.requires_grad]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [m for _, m in pairs])
+
+
+def parallelize(model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: bool, compile_layers: bool) -> None:
+    """Turn a model, or a pipeline's stage of it, into this rank's part of it, in place.
+
+    Args:
+        model: float32 masters, the same on every rank of a stage.
+        mesh: of this process. precision, recompute, compile_layers: as in one process.
+    """
+    if precision == "fp8":
+        swap_fp8(model)
+    spread_experts(model, mesh.expert.get_group())
+    prepare(model, recompute=recompute, compile_layers=compile_layers)
+    shard(model, mesh, precision)
 
 
 def prepare(model: DeepseekV3, *, recompute: bool, compile_layers: bool) -> None:

@@ -5,7 +5,8 @@ Objective (loss.py) and its loader. Everything else keeps it company: schedules,
 A step is a pure function of the checkpointed state, so a run killed anywhere and resumed repeats it bit for bit.
 A loss or gradient that is not finite stops the run before the optimizer has seen it.
 Source: V3 report sections 3.3 (float32 masters and gradient accumulation) and 4.2.
-Does not: build models or data (see pretrain.py), or know several processes (issue 6).
+Of several processes (parallel/workers.py) each reads the same batch and takes its rows; one writes.
+Does not: build models or data (see pretrain.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.lora import LoraConfig, has_lora
 from dsv3.model.transformer import DeepseekV3
-from dsv3.parallel.apply import PRECISIONS, compute_copy, prepare, refresh_copy
+from dsv3.parallel.apply import PRECISIONS, compute_copy, refresh_copy
+from dsv3.parallel.fsdp import local
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.workers import assemble
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.health import HealthMonitor
@@ -104,6 +108,7 @@ class Trainer:
 
     Args:
         objective: what a step descends; None: pre-training's. The loader makes the batches that it reads.
+        mesh: of this process among several; None: it is alone. The model is then sharded in place.
         lora: of the adapters that are on the model; what is not trained must be as wide as `precision` says, or FP8.
         identity: more that a resumed run must share with the one it continues.
 
@@ -123,6 +128,7 @@ class Trainer:
         objective: Objective | None = None,
         lora: LoraConfig | None = None,
         identity: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, Path(folder)
         if has_lora(model) and lora is None:
@@ -131,6 +137,10 @@ class Trainer:
         self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
         self.device = model.lm_head.weight.device
         self.depth = model.config.num_nextn_predict_layers
+        self.workers = assemble(
+            model, mesh, precision=config.precision, recompute=config.recompute, compile_layers=config.compile
+        )
+        self.twin = self.workers.twin
         self.optimizer = build_optimizer(
             model,
             weight_decay=config.weight_decay,
@@ -144,10 +154,7 @@ class Trainer:
             **({"lora": dataclasses.asdict(lora)} if lora else {}),
             **(identity or {}),
         }
-        self.twin = compute_copy(model, config.precision)
-        prepare(self.twin, recompute=config.recompute, compile_layers=config.compile)
         self.monitor = HealthMonitor(self.twin) if config.precision == "fp8" else None
-        self._grads = [torch.zeros_like(parameter) for parameter in _trained(model)]
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -165,22 +172,19 @@ class Trainer:
         logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
         with self.monitor.watching() if self.monitor and logs else nullcontext():
             losses, counts, extras = self._accumulate(batch, schedule.mtp_lambda(index))
-        parameters = _trained(self.model)
-        for parameter, grad in zip(parameters, self._grads):
-            parameter.grad = grad
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        self.workers.collect()
+        norm = self.workers.clip(self.config.clip)
         if not bool(norm.isfinite()):
-            named = ((name, p.grad) for name, p in self.model.named_parameters() if p.requires_grad)
-            raise NonFiniteError(f"gradient of {non_finite(list(named))} is not finite {self._where(0, rows)}")
+            named = [(name, local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+            self.workers.abandon()
+            raise NonFiniteError(
+                f"gradient of {non_finite(named) or 'another rank'} is not finite {self._where(0, rows)}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.lr(index)
         self.optimizer.step()
-        for parameter in parameters:
-            parameter.grad = (
-                None  # a float32 run's twin is the master itself, and its backward adds to what it finds here
-            )
         update_router_bias(self.model, counts, schedule.bias_speed(index))
-        refresh_copy(self.twin, self.model)
+        self.workers.refresh()
         self.step_index += 1
         self.tokens += positions
         seconds = time.perf_counter() - start
@@ -204,37 +208,57 @@ class Trainer:
         }
 
     def _accumulate(self, batch: Rows, mtp_weight: float) -> Step:
-        """Forward and backward over the micro-batches; float32 gradients of the step's mean loss in self._grads."""
+        """Forward and backward over the micro-batches: gradients of the step's mean loss with the workers, and its parts."""
         rows, shares, whole = batch.tokens.shape[0], self.objective.shares(batch), None
-        for start in range(0, rows, self.config.micro_batch):
-            micro = slice(start, min(start + self.config.micro_batch, rows))
-            share = float(shares[micro].sum() / shares.sum())
+        micros = self.workers.part(rows, self.config.micro_batch)
+        for i, micro in enumerate(micros):
+            # One without rows runs another rank's with no weight, so that its ranks meet in every collective.
+            empty = micro.start == micro.stop
+            share = 0.0 if empty else float(shares[micro].sum() / shares.sum())
             part = self.objective(
                 self.twin,
                 batch,
-                micro,
+                slice(0, 1) if empty else micro,
                 depth=self.depth,
                 mtp_weight=mtp_weight,
                 alpha=self.config.alpha,
                 device=self.device,
             )
-            if not bool(part.losses.total.isfinite()):
+            if self.workers.mesh is None and not bool(part.losses.total.isfinite()):
+                self.workers.abandon()
                 blame = self._blame(batch.tokens[micro].to(self.device))
                 raise NonFiniteError(
                     f"loss is {part.losses.total.item()} {blame}{self._where(micro.start, micro.stop)}"
                 )
-            (part.losses.total * share).backward()
-            for grad, parameter in zip(self._grads, _trained(self.twin), strict=True):
-                if parameter.grad is not None and start == 0:
-                    grad.copy_(parameter.grad)
-                elif parameter.grad is not None:
-                    grad.add_(parameter.grad)
-                elif start == 0:
-                    grad.zero_()
-                parameter.grad = None
-            whole = _add(whole, part, share)
+            self.workers.backward(part.losses.total * share, last=i + 1 == len(micros))
+            whole = _add(whole, part._replace(counts=part.counts * 0) if empty else part, share)
         assert whole is not None
-        return whole
+        return whole if self.workers.mesh is None else self._sum_over_ranks(whole, rows)
+
+    def _sum_over_ranks(self, mine: Step, rows: int) -> Step:
+        """The step's parts of all data ranks together, each knowing the loss of all before any may raise.
+
+        Raises:
+            NonFiniteError: on every rank; names those whose rows it was.
+        """
+        losses, mesh = mine.losses, self.workers.mesh
+        assert mesh is not None
+        bad = torch.zeros(mesh.data_size, dtype=torch.float64, device=self.device)
+        bad[mesh.data_rank] = not bool(losses.total.isfinite())
+        if (bad := self.workers.total(bad)).any():
+            self.workers.abandon()
+            ranks = bad.nonzero().flatten().tolist()
+            micros = [self.workers.part(rows, rows, rank=rank)[0] for rank in ranks]
+            raise NonFiniteError(
+                f"loss is not finite on data ranks {ranks} {self._where(micros[0].start, micros[-1].stop)}"
+            )
+        names = sorted(mine.extras)
+        parts = [losses.total, losses.main, losses.balance, *losses.mtp]
+        values = torch.stack([p.double() for p in parts] + [bad.new_tensor(mine.extras[name]) for name in names])
+        total, main, balance, *rest = self.workers.total(values).float()
+        counts = self.workers.total(mine.counts.clone())
+        mtp, extras = rest[: len(losses.mtp)], rest[len(losses.mtp) :]
+        return Step(Losses(total, main, tuple(mtp), balance), counts, {n: e.item() for n, e in zip(names, extras)})
 
     def _where(self, first: int, last: int) -> str:
         return (
@@ -360,11 +384,6 @@ class Trainer:
         for batch in self.held_out.batches:
             agreement.add(self.twin, batch.tokens.to(self.device))
         return agreement.shares()
-
-
-def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What the optimizer moves; of a model with adapters, these alone."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _add(whole: Step | None, part: Step, share: float) -> Step:

@@ -54,7 +54,7 @@ def test_pretraining_is_bit_for_bit_what_it_was_before_there_were_objectives(mas
     assert torch.equal(losses.main, total)
     assert counts.sum() == 3 * 3 * 24 * 3
     assert extras == {}
-    assert all(torch.equal(a, b) for a, b in zip(now._grads, grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(now.workers.grads, grads, strict=True))
 
 
 def test_pretraining_gives_the_numbers_of_commit_7cf606f():

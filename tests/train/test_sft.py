@@ -116,7 +116,7 @@ def test_neither_micro_batches_nor_unequal_rows_change_loss_or_gradient(micro):
     assert parts.mtp[0].item() == pytest.approx(whole.mtp[0].item(), rel=1e-5)
     assert parts.total.item() == pytest.approx(whole.total.item(), rel=1e-5)
     assert torch.equal(counts, counted)
-    for a, b in zip(one._grads, other._grads):
+    for a, b in zip(one.workers.grads, other.workers.grads):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_packed_samples_are_learnt_as_if_each_had_its_own_row():
     assert one.main.item() == pytest.approx(four.main.item(), rel=1e-5)
     assert one.mtp[0].item() == pytest.approx(four.mtp[0].item(), rel=1e-5)
     assert torch.equal(counts[:2], counted[:2])  # padding is not counted; the MTP layer reads one token of it a sample
-    for x, y in zip(a._grads, b._grads):
+    for x, y in zip(a.workers.grads, b.workers.grads):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-2)
 
 

@@ -68,7 +68,7 @@ def test_micro_batches_give_the_whole_batch_gradient(corpus, tmp_path):
     for micro in (4, 2, 3):
         run = trainer(corpus, tmp_path, micro_batch=micro, precision="float32", alpha=0.0)
         counts = run._accumulate(run.loader.next_batch(4), 0.3).counts
-        grads.append((run._grads, counts))
+        grads.append((run.workers.grads, counts))
     for other, counts in grads[1:]:
         assert torch.equal(counts, grads[0][1])
         for a, b in zip(grads[0][0], other):

@@ -1,0 +1,118 @@
+"""Several processes take the steps that one takes: losses, gradients, weights, router biases."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from dsv3.parallel.mesh import Mesh, ParallelConfig
+from dsv3.parallel.workers import Alone
+from tests.model.tiny import TINY
+from tests.parallel.ranks import run_ranks
+from tests.parallel.small import small_trainer
+
+pytestmark = pytest.mark.dist
+STEPS = 3
+
+
+def whole(run: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    run.workers.settle()
+    views = {name: run.workers.view(name, tensor) for name, tensor in tensors.items()}
+    return {n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for n, v in views.items()}
+
+
+def take_steps(_group: Any, degrees: dict[str, Any] | None, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses and counts of each step, the first step's gradients, and the weights and biases at the end."""
+    mesh = None if degrees is None else Mesh(ParallelConfig(**degrees), TINY)
+    run = small_trainer(Path(folder), mesh, **changes)
+    gradients: dict[str, torch.Tensor] = {}
+    clip = run.workers.clip
+
+    def look(limit: float) -> torch.Tensor:
+        if not gradients:
+            gradients.update(whole(run, {n: p.grad for n, p in run.model.named_parameters()}))
+        return clip(limit)
+
+    run.workers.clip = look
+    records = [run.step() for _ in range(STEPS)]
+    return {
+        "loss": [(r["loss"], *r["mtp_loss"], r["balance_loss"], r["grad_norm"]) for r in records],
+        "counts": records[0]["expert_counts"],
+        "gradients": gradients,
+        "weights": whole(run, dict(run.model.named_parameters())),
+        "biases": torch.stack([r.e_score_correction_bias for r in run.model.routers()]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Any]:
+    return take_steps(None, None, str(tmp_path_factory.mktemp("alone")), {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "degrees"),
+    [
+        (2, {}),
+        (2, {"sharding": "fsdp"}),
+        (2, {"expert": 2}),
+        (4, {"expert": 2, "sharding": "fsdp"}),
+        (4, {"expert": 4}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_ranks_take_the_steps_of_one_process(alone, tmp_path, ranks, degrees):
+    # Float32 sums over ranks and micro-batches run in another order: a few units in the last place of the largest term.
+    results = run_ranks(take_steps, ranks, tmp_path / "ranks", degrees, str(tmp_path / "run"), {})
+    for result in results:
+        assert result["counts"] == alone["counts"]
+        assert torch.equal(result["biases"], alone["biases"])
+        torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(alone["loss"]), rtol=2e-5, atol=1e-6)
+        for name, grad in alone["gradients"].items():
+            scale = float(grad.abs().max())
+            torch.testing.assert_close(result["gradients"][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
+        # Adam's first steps are lr·sign(g): where g is next to nothing its sign is the order's, so weights are looser.
+        for name, weight in alone["weights"].items():
+            off = (result["weights"][name] - weight).abs()
+            assert off.mean() < 1e-5, name
+            assert off.max() <= 2.5e-2 * STEPS, name
+
+
+@pytest.mark.parametrize("degrees", [{}, {"expert": 2}], ids=str)
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
+    # The first step's products are the same numbers; behind it, weights rounded the other way send some tokens elsewhere.
+    changes = {"precision": precision}
+    one = torch.tensor(take_steps(None, None, str(tmp_path / "one"), changes)["loss"])
+    for result in run_ranks(take_steps, 2, tmp_path / "ranks", degrees, str(tmp_path / "run"), changes):
+        losses = torch.tensor(result["loss"])
+        torch.testing.assert_close(losses[0, :3], one[0, :3], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses, one, rtol=5e-2, atol=1e-3)
+
+
+def test_rows_that_do_not_divide_leave_ranks_empty_and_change_nothing(tmp_path):
+    changes = {"schedule": {"batch_size": 5}}
+    one = take_steps(None, None, str(tmp_path / "one"), changes)
+    for result in run_ranks(take_steps, 4, tmp_path / "ranks", {"expert": 2}, str(tmp_path / "run"), changes):
+        assert result["counts"] == one["counts"]
+        torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(one["loss"]), rtol=2e-5, atol=1e-6)
+
+
+def test_micro_batches_of_a_batch_cover_it_once():
+    run = object.__new__(Alone)
+    assert run.part(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world", "told"),
+    [
+        ({"expert": 3}, 3, "take it from"),
+        ({"pipeline": 3}, 4, "no multiple of pipeline 3"),
+        ({"expert": 2}, 3, "start 2 or a multiple"),
+        ({"expert": 0}, 1, "at least 1"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused_with_those_that_would(degrees, world, told):
+    with pytest.raises(ValueError, match=told):
+        ParallelConfig(**degrees).check(TINY, world)
