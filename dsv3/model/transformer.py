@@ -112,15 +112,15 @@ class DeepseekV3(nn.Module):
         x = self.embed(tokens[:, :length])
         seen: list[Routed] = []
         for layer in self.model.main_layers:
-            x = _run(layer, x, context, seen)
+            x = run_layer(layer, x, context, seen)
         state = self.model.norm(x)
         main, states = state, []
         for k, layer in enumerate(mtp_layers[:depth], start=1):
-            state = _run_mtp(layer, state, self.embed(tokens[:, k : k + length]), context, seen)
+            state = run_mtp(layer, state, self.embed(tokens[:, k : k + length]), context, seen)
             states.append(state)
         if cache is not None:
             cache.advance(length)
-        return Hidden(main, tuple(states), _collect(seen, x))
+        return Hidden(main, tuple(states), join_routing(seen, x))
 
     def draft(self, state: Tensor, tokens: Tensor, *, cache: Cache, layer: int = 0) -> Tensor:
         """One MTP step for speculation: states (B, T, D) and the tokens (B, T) that follow them -> the next states (B, T, D).
@@ -129,7 +129,7 @@ class DeepseekV3(nn.Module):
         """
         module = self.model.mtp_layers[layer]
         context = self._context(tokens.shape[1], tokens.device, None, cache, balance=False)
-        out = _run_mtp(module, state, self.embed(tokens), context, [])
+        out = run_mtp(module, state, self.embed(tokens), context, [])
         cache.advance(tokens.shape[1])
         return out
 
@@ -427,19 +427,22 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def _run(layer: nn.Module, x: Tensor, context: Context, seen: list[Routed]) -> Tensor:
+def run_layer(layer: nn.Module, x: Tensor, context: Context, seen: list[Routed]) -> Tensor:
+    """x (B, T, D) through a layer; what its router did is added to `seen`."""
     x, routing = layer(x, context)
     if routing is not None:
         seen.append(routing)
     return x
 
 
-def _run_mtp(layer: nn.Module, state: Tensor, embedding: Tensor, context: Context, seen: list) -> Tensor:
+def run_mtp(layer: nn.Module, state: Tensor, embedding: Tensor, context: Context, seen: list[Routed]) -> Tensor:
+    """The states of the depth before, and the embeddings of the tokens behind them, through an MTP layer."""
     assert isinstance(layer, MTPLayer)
-    return layer.shared_head.norm(_run(layer, layer.mix(state, embedding), context, seen))
+    return layer.shared_head.norm(run_layer(layer, layer.mix(state, embedding), context, seen))
 
 
-def _collect(seen: list[Routed], like: Tensor) -> Routing:
+def join_routing(seen: list[Routed], like: Tensor) -> Routing:
+    """Of the layers that route; none, on the device of `like`, if no layer does."""
     if not seen:
         none = torch.zeros(0, 0, dtype=torch.int64, device=like.device)
         return Routing(none, torch.zeros((), device=like.device), none.unsqueeze(-1))

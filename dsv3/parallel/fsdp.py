@@ -59,8 +59,9 @@ def shard(model: DeepseekV3, mesh: Mesh, precision: str) -> None:
         if name != "layers":
             cut(module, wide)
     fully_shard(model, mesh=mesh.data, mp_policy=outer, reshard_after_forward=False)
-    for method in ("hidden", "draft"):
-        register_fsdp_forward_method(model, method)
+    for method in ("hidden", "draft", "advance"):  # the last is a stage's
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
     for module in sharded(model):
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
         module.set_gradient_divide_factor(1.0)  # the loss is a share of the step's mean already: shares are summed

@@ -48,6 +48,11 @@ class ParallelConfig:
         """
         if self.pipeline < 1 or self.expert < 1:
             raise ValueError(f"pipeline {self.pipeline} and expert {self.expert} must be at least 1")
+        if self.pipeline > 1 and self.schedule != "1f1b" and self.sharding == "fsdp":
+            raise ValueError(
+                f"schedule {self.schedule!r} takes the backward pass in two halves, and sharding 'fsdp' lets the weights go "
+                "between them: take sharding 'zero1', or schedule '1f1b'"
+            )
         if world % (self.pipeline * self.expert):
             fits = [e for e in _divisors(model.n_routed_experts) if world % (self.pipeline * e) == 0]
             raise ValueError(

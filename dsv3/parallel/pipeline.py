@@ -30,6 +30,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from dsv3.model.transformer import Hidden
 from dsv3.parallel.stage import STAGES_A_RANK, Feed, Run, Stage, split
 
 
@@ -120,6 +121,27 @@ class Pipeline:
         sync_shared_gradients(self.stages, self.group)
         dist.all_reduce(run.counts, group=self.group)
         return self._tell(run, micro_batches), run.counts
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
+        """Final states of tokens (B, T + depth), the same on every rank: in the rank of the last stage; elsewhere None.
+
+        One stage after the other, for measurements now and then.
+        """
+        x: Tensor | None = None
+        shape = (tokens.shape[0], tokens.shape[1] - depth, self.config.hidden_size)
+        for stage in sorted(self.stages, key=lambda stage: stage.part.index):
+            place = stage.part.index
+            if place and (before := self.parts[place - 1].rank) != self.rank:
+                x = torch.empty(shape, dtype=self.stream, device=self.device)
+                dist.recv(x, group=self.group, group_src=before)
+            out = stage.advance(x, tokens, depth=depth, stream=self.stream)
+            if isinstance(out, Hidden):
+                return out
+            x = out
+            if (after := self.parts[place + 1].rank) != self.rank:
+                dist.send(x.contiguous(), group=self.group, group_dst=after)
+        return None
 
     def _schedule(self, number: int, shape: torch.Size) -> Any:
         """The library's schedule with its stages, and their buffers: kept until a step has another shape."""

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dsv3.model.census import layer_of, memory_shapes
 from dsv3.model.config import ModelConfig
-from dsv3.model.transformer import DeepseekV3, Hidden, MTPLayer, Routed, Routing
+from dsv3.model.transformer import DeepseekV3, Hidden, Routed, Routing, join_routing, run_layer, run_mtp
 
 STAGES_A_RANK = {"1f1b": 1, "zero-bubble": 2, "dualpipev": 2}
 """Schedules, and how many stages each rank holds. With two the stages lie in a V: rank r holds r and 2·ranks - 1 - r."""
@@ -165,19 +165,23 @@ class Run:
         device: torch.device,
     ) -> None:
         self.feed, self.shape, self.stream, self.balance = feed, shape, stream, balance
-        self.rows = {layer: row for row, layer in enumerate(moe_layers(config))}
-        self.counts = torch.zeros(len(self.rows), config.n_routed_experts, dtype=torch.int64, device=device)
+        routers = len(moe_layers(config))
+        self.counts = torch.zeros(routers, config.n_routed_experts, dtype=torch.int64, device=device)
         self.records: dict[int, Any] = {}
 
-    def count(self, micro: int, layers: range, routing: Routing) -> None:
-        rows = [self.rows[layer] for layer in layers if layer in self.rows]
-        if rows:
-            self.counts[rows[0] : rows[-1] + 1] += self.feed.counts(micro, routing)
+    def count(self, micro: int, rows: slice, routing: Routing) -> None:
+        self.counts[rows] += self.feed.counts(micro, routing)
 
 
 def moe_layers(config: ModelConfig) -> list[int]:
     """Layers that route, in the order of Routing's rows."""
     return [layer for layer in range(config.num_layers_with_mtp) if config.is_moe(layer)]
+
+
+def router_rows(config: ModelConfig, part: Part) -> slice:
+    """Rows of the whole model's Routing that are a stage's."""
+    inside = [row for row, layer in enumerate(moe_layers(config)) if layer in part.layers]
+    return slice(inside[0], inside[-1] + 1) if inside else slice(0, 0)
 
 
 class Stage(DeepseekV3):
@@ -226,50 +230,53 @@ class Stage(DeepseekV3):
             micro: int64 (1,) on the CPU, which micro-batch of `run`: the library's schedules hand out slices of tensors alone.
         """
         assert self.run is not None, "only Pipeline.step runs a stage"
-        run, number, depth = self.run, int(micro), self.config.num_nextn_predict_layers
+        run, number = self.run, int(micro)
         tokens, mask = run.feed.inputs(number)
         assert tokens.shape == run.shape, f"micro-batch {number} is {tuple(tokens.shape)}, the first {tuple(run.shape)}"
-        length = tokens.shape[1] - depth
-        context = self._context(length, tokens.device, mask, None, run.balance)
-        if self.part.first:
-            x = self.model.embed_tokens(tokens[:, :length]).to(run.stream)
-            carried = torch.zeros((), device=x.device)
-        else:
-            x, carried = received
-        seen: list[Routed] = []
-
-        def through(layer: nn.Module, x: Tensor) -> Tensor:
-            x, routed = layer(x, context)
-            if routed is not None:
-                seen.append(routed)
-            return x
-
-        for layer in self.model.main_layers:
-            x = through(layer, x)
-        if not self.part.last:
-            routing = self._counted(run, number, seen, x)
-            return x, carried + routing.balance
-        state = self.model.norm(x)
-        main, states = state, []
-        for k, layer in enumerate(self.model.mtp_layers, start=1):
-            assert isinstance(layer, MTPLayer)
-            embedding = self.model.embed_tokens(tokens[:, k : k + length]).to(run.stream)
-            state = layer.shared_head.norm(through(layer, layer.mix(state, embedding)))
-            states.append(state)
-        routing = self._counted(run, number, seen, x)
-        hidden = Hidden(main, tuple(states), routing._replace(balance=carried + routing.balance))
+        x, carried = received or (None, torch.zeros((), device=tokens.device))
+        depth = self.config.num_nextn_predict_layers
+        out, routing = self._advance(x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance)
+        if len(routing.counts):
+            run.count(number, router_rows(self.config, self.part), routing)
+        if isinstance(out, Tensor):
+            return out, carried + routing.balance
+        hidden = out._replace(routing=routing._replace(balance=carried + routing.balance))
         loss, run.records[number] = run.feed.loss(number, hidden, self.lm_head.weight)
         return loss + 0.0 * hidden.routing.balance  # the library sends a gradient of all that came in
 
-    def _counted(self, run: Run, micro: int, seen: list[Routed], like: Tensor) -> Routing:
-        """This stage's routing, its load added to the step's."""
-        if not seen:
-            none = torch.zeros(0, 0, dtype=torch.int64, device=like.device)
-            return Routing(none, torch.zeros((), device=like.device), none.unsqueeze(-1))
-        counts, balances, experts = (torch.stack(part) for part in zip(*seen))
-        routing = Routing(counts, balances.sum(), experts)
-        run.count(micro, self.part.layers, routing)
-        return routing
+    def advance(self, x: Tensor | None, tokens: Tensor, *, depth: int, stream: torch.dtype) -> Tensor | Hidden:
+        """This stage's share of `DeepseekV3.hidden`, on its own: for a look, not for a step.
+
+        Args:
+            x: (B, T, D) of the stage before; None in the first. tokens: (B, T + depth).
+
+        Returns:
+            x for the next stage, or in the last the states.
+        """
+        return self._advance(x, tokens, None, depth=depth, stream=stream, balance=False)[0]
+
+    def _advance(
+        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None, *, depth: int, stream: torch.dtype, balance: bool
+    ) -> tuple[Tensor | Hidden, Routing]:
+        """The same with a mask (B, T, T), and with the routing of this stage's layers."""
+        length = tokens.shape[1] - depth
+        context = self._context(length, tokens.device, mask, None, balance)
+        if x is None:
+            x = self.model.embed_tokens(tokens[:, :length]).to(stream)
+        seen: list[Routed] = []
+
+        for layer in self.model.main_layers:
+            x = run_layer(layer, x, context, seen)
+        if not self.part.last:
+            return x, join_routing(seen, x)
+        main = state = self.model.norm(x)
+        states = []
+        for k, layer in enumerate(self.model.mtp_layers[:depth], start=1):
+            embedding = self.model.embed_tokens(tokens[:, k : k + length]).to(stream)
+            state = run_mtp(layer, state, embedding, context, seen)
+            states.append(state)
+        routing = join_routing(seen, x)
+        return Hidden(main, tuple(states), routing), routing
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -278,7 +285,7 @@ class Stage(DeepseekV3):
         some = next(iter(mine.values()))
         for name, whole in initial_weights(self.config, generator, dtype=some.dtype, device=some.device):
             if name in mine:
-                mine[name].copy_(_as_placed(whole, mine[name]))
+                mine[name].copy_(as_placed(whole, mine[name]))
         for router in self.routers():
             router.e_score_correction_bias.zero_()
 
@@ -299,7 +306,7 @@ def initial_weights(
         yield name, tensor
 
 
-def _as_placed(whole: Tensor, parameter: Tensor) -> Tensor:
+def as_placed(whole: Tensor, parameter: Tensor) -> Tensor:
     """This rank's piece of a tensor that every rank has whole."""
     if not isinstance(parameter, DTensor):
         return whole

@@ -1,18 +1,20 @@
 """What a training step asks of the processes that take it, the same of one and of many:
 
     part       which rows of the batch are mine, in micro-batches; every rank has equally many
-    backward   of a micro-batch's loss; float32 gradients add up
+    backward   of a micro-batch's loss; float32 gradients add up. With a `pipeline` its step does forwards and backwards
     collect    the step's gradients on `masters`, summed over the data ranks
     clip       their norm over all ranks
     total      sums of counts and losses over the data ranks
     refresh    the optimizer has moved the masters: what forwards read follows
+    hidden     states to measure, in the ranks that have the head; `gather` adds up what these found
 
 `Alone` is one process with a compute copy (apply.py). `Together` is a mesh of them: experts spread (expert.py), the rest sharded
-(fsdp.py). Does not: know objectives, loaders or optimizers.
+(fsdp.py), layers dealt out to a pipeline's ranks (pipeline.py). Does not: know objectives, loaders or optimizers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dsv3.model.fp8 import fp8_modules
-from dsv3.model.transformer import DeepseekV3
+from dsv3.model.transformer import DeepseekV3, Hidden
 from dsv3.parallel.apply import compute_copy, parallelize, prepare, refresh_copy
 from dsv3.parallel.fsdp import before_backward, local, settle, whole_view
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline import Pipeline, micro_batches
+from dsv3.parallel.stage import Stage, as_placed, router_rows, split
 
 
 class Alone:
@@ -37,9 +41,11 @@ class Alone:
 
     leads = True
     mesh: Mesh | None = None
+    pipeline: Pipeline | None = None
 
     def __init__(self, model: DeepseekV3, *, precision: str, recompute: bool, compile_layers: bool) -> None:
         self.model = model
+        self.parts = [model]
         self.masters = trained(model)
         self.twin = compute_copy(model, precision)
         prepare(self.twin, recompute=recompute, compile_layers=compile_layers)
@@ -73,6 +79,21 @@ class Alone:
     def total(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
+        return self.twin.hidden(tokens, depth=depth)
+
+    @property
+    def head(self) -> nn.Module:
+        """Of the states that `hidden` gave; it follows at once."""
+        return self.twin.lm_head
+
+    def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
+        """Of (L, E) counts of all routers, those of each part's."""
+        return [(self.model, counts)]
+
     def refresh(self) -> None:
         # A float32 run's twin is the master itself, and its backward would add to what it finds here.
         self.abandon()
@@ -98,19 +119,49 @@ class Together:
     """A mesh of processes, each with its shard of the masters; forwards run on the same modules, gathered.
 
     Args:
-        model: the whole model, the same on every rank; sharded in place.
+        model: the whole model, the same on every rank, and sharded in place; or on "meta", for `place` to fill. A pipeline's
+            stages are cut from it.
         mesh: of this process.
+
+    Raises:
+        ValueError: more stages than layers, or compiled layers in a schedule that divides their backward pass.
     """
 
     def __init__(self, model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: bool, compile_layers: bool) -> None:
         self.mesh, self.leads = mesh, mesh.leads
-        parallelize(model, mesh, precision=precision, recompute=recompute, compile_layers=compile_layers)
-        self.model = self.twin = model
-        self.masters = trained(model)
+        stages = _stages(model, mesh)
+        self.parts: list[DeepseekV3] = [*stages] or [model]
+        for part in self.parts:
+            parallelize(part, mesh, precision=precision, recompute=recompute, compile_layers=compile_layers)
+            if next(part.parameters()).is_meta:
+                part.to_empty(device=mesh.device)
+        self.model = self.twin = self.parts[0]
+        self.masters = [parameter for part in self.parts for parameter in trained(part)]
+        self.pipeline: Pipeline | None = None
+        if stages:
+            stream = torch.float32 if precision == "float32" else torch.bfloat16
+            self.pipeline = Pipeline(stages, mesh.pipeline.get_group(), mesh.config.schedule, stream=stream)
 
     def part(self, rows: int, micro_batch: int, rank: int | None = None) -> list[slice]:
-        """Micro-batches of a data rank, None: of this one. Empty ones (start = stop) keep it in step with ranks that have more."""
+        """Micro-batches of a data rank, None: of this one. Empty ones (start = stop) keep it in step with ranks that have more.
+
+        Raises:
+            ValueError: a pipeline's micro-batches must be of one size, and are not.
+        """
         size, rank = -(-rows // self.mesh.data_size), self.mesh.data_rank if rank is None else rank
+        if self.pipeline is not None:
+            if rows % self.mesh.data_size:
+                raise ValueError(
+                    f"{rows} rows a step do not divide over {self.mesh.data_size} data ranks, and a pipeline's must: give "
+                    f"{rows - rows % self.mesh.data_size or self.mesh.data_size}"
+                )
+            try:
+                micros = micro_batches(size, micro_batch, self.pipeline.ranks, self.pipeline.schedule)
+            except ValueError as error:
+                raise ValueError(
+                    f"of {rows} rows each of {self.mesh.data_size} data ranks takes {size}: {error}"
+                ) from None
+            return [slice(rank * size + m.start, rank * size + m.stop) for m in micros]
         begin, end = min(rows, rank * size), min(rows, (rank + 1) * size)
         starts = [begin + i for i in range(0, size, micro_batch)]
         return [slice(min(s, end), min(s + micro_batch, end)) for s in starts]
@@ -126,34 +177,84 @@ class Together:
 
     def clip(self, limit: float) -> Tensor:
         """See Alone. Every element is on one rank alone, so the ranks' sums of squares add up."""
-        grads = [local(parameter.grad) for parameter in self.masters if parameter.grad is not None]
-        squares = torch.stack([g.double().square().sum() for g in grads]).sum()
+        replica = self._replica()
+        grads = [
+            (parameter is replica, local(parameter.grad)) for parameter in self.masters if parameter.grad is not None
+        ]
+        squares = torch.stack([g.double().square().sum() for copied, g in grads if not copied]).sum()
         dist.all_reduce(squares)
         norm = squares.sqrt().float()
-        torch._foreach_mul_([g for g in grads if g.numel()], (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([g for _, g in grads if g.numel()], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def total(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.mesh.data.get_group())
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
+        if self.pipeline is not None:
+            return self.pipeline.hidden(tokens, depth=depth)
+        return self.model.hidden(tokens, depth=depth)
+
+    @property
+    def head(self) -> nn.Module:
+        """See Alone; None where the last stage is not."""
+        return self.parts[-1].lm_head
+
+    def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
+        """See Alone."""
+        if self.pipeline is None:
+            return [(self.model, counts)]
+        return [(stage, counts[router_rows(stage.config, stage.part)]) for stage in self.pipeline.stages]
+
     def refresh(self) -> None:
         self.abandon()
-        for module in fp8_modules(self.model):
+        for module in (module for part in self.parts for module in fp8_modules(part)):
             module.stale = True  # cast again when its weight is next gathered
 
     def abandon(self) -> None:
         for parameter in self.masters:
             parameter.grad = None
 
+    @torch.no_grad()
+    def place(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill masters and router biases from whole tensors by name; every rank walks all of them and keeps its own."""
+        mine = [(part, dict(part.named_parameters()) | dict(part.named_buffers())) for part in self.parts]
+        for name, whole in tensors:
+            for _, held in mine:
+                if name in held:
+                    view = self.view(name, held[name])
+                    local(view).copy_(local(as_placed(whole.to(view.device), view)))
+        self.refresh()
+
     def view(self, name: str, tensor: Tensor) -> Tensor:
         return whole_view(name, tensor, self.mesh)
 
     def settle(self) -> None:
-        settle(self.model)
+        for part in self.parts:
+            settle(part)
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def _replica(self) -> Tensor | None:
+        """The embedding's second copy, if it is here."""
+        last = self.pipeline.stages[-1] if self.pipeline is not None else None
+        if last is None or not (last.part.last and last.part.embedding):
+            return None
+        return last.model.embed_tokens.weight
+
+
+def _stages(model: DeepseekV3, mesh: Mesh) -> list[Stage]:
+    """This rank's of a pipeline."""
+    ranks, schedule = mesh.config.pipeline, mesh.config.schedule
+    if ranks == 1:
+        return []
+    return [Stage.cut(model, part) for part in split(model.config, ranks, schedule) if part.rank == mesh.stage]
 
 
 Workers = Alone | Together

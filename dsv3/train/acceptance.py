@@ -11,13 +11,14 @@ Legend: B batch, T tokens, M MTP depth. Does not: generate (infer/speculate.py c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dsv3.model.transformer import DeepseekV3, Hidden
 
+Head = Callable[[Tensor], Tensor]  # states -> logits
 _ROWS = 2048  # states whose logits exist at once
 
 
@@ -30,28 +31,36 @@ class Agreement:
     @torch.no_grad()
     def add(self, model: DeepseekV3, tokens: Tensor, *, mask: Tensor | None = None) -> None:
         """Rows of tokens (B, T + M), every position of them counted."""
-        depth = len(self.hits)
-        hidden = model.hidden(tokens, depth=depth, mask=mask)
-        batch, length = hidden.main.shape[:2]
-        every = tokens.new_ones((batch, length), dtype=torch.bool)
-        self.add_hidden(model, hidden, [every[:, k:] for k in range(1, depth + 1)])
+        self.add_states(model.lm_head, model.hidden(tokens, depth=len(self.hits), mask=mask))
 
     @torch.no_grad()
-    def add_hidden(self, model: DeepseekV3, hidden: Hidden, valid: Sequence[Tensor]) -> None:
+    def add_states(self, head: Head, hidden: Hidden) -> None:
+        """The same from states already computed, every position of them counted."""
+        batch, length = hidden.main.shape[:2]
+        every = torch.ones(batch, length, dtype=torch.bool, device=hidden.main.device)
+        self.add_hidden(head, hidden, [every[:, k:] for k in range(1, len(self.hits) + 1)])
+
+    @torch.no_grad()
+    def add_hidden(self, head: Head, hidden: Hidden, valid: Sequence[Tensor]) -> None:
         """The same from states already computed: valid[k - 1] (B, T - k) says which positions i count at depth k."""
         length = hidden.main.shape[1]
         for k, (state, counted) in enumerate(zip(hidden.mtp, valid, strict=True), start=1):
-            drafts = _greedy(model, state[:, : length - k][counted])
-            taken = _greedy(model, hidden.main[:, k:][counted])
+            drafts = _greedy(head, state[:, : length - k][counted])
+            taken = _greedy(head, hidden.main[:, k:][counted])
             self.hits[k - 1] += int((drafts == taken).sum())
             self.drafts[k - 1] += len(drafts)
 
-    def shares(self) -> list[float]:
-        """Of each depth; 0 where nothing was drafted."""
-        return [hits / drafts if drafts else 0.0 for hits, drafts in zip(self.hits, self.drafts, strict=True)]
+    def counts(self, device: torch.device) -> Tensor:
+        """(2, M) int64: hits and drafts of each depth, to be added up over processes."""
+        return torch.tensor([self.hits, self.drafts], device=device)
+
+    def shares(self, counts: Tensor | None = None) -> list[float]:
+        """Of each depth; 0 where nothing was drafted. counts: the sum over processes, None: this one's."""
+        hits_drafts = zip(*(counts.tolist() if counts is not None else (self.hits, self.drafts)), strict=True)
+        return [hits / drafts if drafts else 0.0 for hits, drafts in hits_drafts]
 
 
-def _greedy(model: DeepseekV3, states: Tensor) -> Tensor:
+def _greedy(head: Head, states: Tensor) -> Tensor:
     """states (n, D) -> (n,) int64."""
-    parts = [model.lm_head(part).argmax(-1) for part in states.split(_ROWS)]
+    parts = [head(part).argmax(-1) for part in states.split(_ROWS)]
     return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.int64)

@@ -57,11 +57,11 @@ def counters(values: Tensor, cast: Fp8 | None = None) -> dict[str, float]:
 
 
 class HealthMonitor:
-    """Watches the FP8 modules of a model while `watching()`; `health` is what the last watched step showed."""
+    """Watches the FP8 modules of a model, or of its parts, while `watching()`; `health` is what the last watched step showed."""
 
-    def __init__(self, model: nn.Module) -> None:
-        swapped = set(fp8_modules(model))
-        self._modules = {name: module for name, module in model.named_modules() if module in swapped}
+    def __init__(self, *parts: nn.Module) -> None:
+        swapped = {module for part in parts for module in fp8_modules(part)}
+        self._modules = {name: m for part in parts for name, m in part.named_modules() if m in swapped}
         self._amax: dict[tuple[str, str], deque[float]] = {}
         self.health: Health = {}
 

@@ -11,6 +11,7 @@ Legend: B batch, T tokens, D model, V vocabulary, M MTP depth. Does not: know th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv3.kernels.cross_entropy import head_cross_entropy
-from dsv3.model.transformer import DeepseekV3, Hidden
+from dsv3.model.transformer import DeepseekV3, Hidden, Routing
 
 
 class Losses(NamedTuple):
@@ -92,6 +93,10 @@ class Objective(Protocol):
 class SplitObjective:
     """An Objective in two halves around the model's forward, so that a pipeline can run the forward in stages."""
 
+    def shares(self, batch: Any) -> Tensor:
+        """See Objective."""
+        raise NotImplementedError
+
     def inputs(self, batch: Any, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T + M) and mask (B, T, T) of `DeepseekV3.hidden`."""
         raise NotImplementedError
@@ -109,6 +114,10 @@ class SplitObjective:
         """What the states (B, T, D) and the head (V, D) make of the rows; see Objective."""
         raise NotImplementedError
 
+    def counts(self, routing: Routing, batch: Any, rows: slice) -> Tensor:
+        """(L, E) int64: the load to be counted of some layers' routers."""
+        return routing.counts
+
     def __call__(
         self,
         model: DeepseekV3,
@@ -123,6 +132,38 @@ class SplitObjective:
         tokens, mask = self.inputs(batch, rows, depth=depth, device=device)
         hidden = model.hidden(tokens, depth=depth, mask=mask, balance=alpha > 0)
         return self.losses(hidden, model.lm_head.weight, batch, rows, mtp_weight=mtp_weight, alpha=alpha)
+
+
+class Portions:
+    """A step's micro-batches as a pipeline asks for them (parallel.stage.Feed)."""
+
+    def __init__(
+        self,
+        objective: SplitObjective,
+        batch: Any,
+        micros: Sequence[slice],
+        *,
+        depth: int,
+        mtp_weight: float,
+        alpha: float,
+        device: torch.device,
+    ) -> None:
+        self.objective, self.batch, self.micros = objective, batch, micros
+        self.depth, self.mtp_weight, self.alpha, self.device = depth, mtp_weight, alpha, device
+        shares = objective.shares(batch)
+        self.shares = [float(shares[micro].sum() / shares.sum()) for micro in micros]
+
+    def inputs(self, micro: int) -> tuple[Tensor, Tensor | None]:
+        return self.objective.inputs(self.batch, self.micros[micro], depth=self.depth, device=self.device)
+
+    def loss(self, micro: int, hidden: Hidden, head: Tensor) -> tuple[Tensor, Step]:
+        weights = {"mtp_weight": self.mtp_weight, "alpha": self.alpha}
+        step = self.objective.losses(hidden, head, self.batch, self.micros[micro], **weights)
+        losses = step.losses._replace(total=step.losses.total.detach())
+        return step.losses.total * self.shares[micro], step._replace(losses=losses)
+
+    def counts(self, micro: int, routing: Routing) -> Tensor:
+        return self.objective.counts(routing, self.batch, self.micros[micro])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +195,7 @@ class PretrainObjective(SplitObjective):
         targets = batch.targets[rows].to(hidden.main.device)
         balance = hidden.routing.balance
         losses = training_losses(hidden.main, hidden.mtp, balance, head, targets, mtp_weight=mtp_weight, alpha=alpha)
-        return Step(losses, hidden.routing.counts, {})
+        return Step(losses, self.counts(hidden.routing, batch, rows), {})
 
 
 def document_mask(doc_ids: Tensor) -> Tensor:

@@ -196,10 +196,11 @@ class AdamW(torch.optim.AdamW):
         state["exp_avg_sq"].copy_(wide[1])
 
 
-def build_optimizer(model: nn.Module, *, weight_decay: float = 0.1, moments: torch.dtype = torch.float32) -> AdamW:
+def build_optimizer(
+    masters: Sequence[nn.Parameter], *, weight_decay: float = 0.1, moments: torch.dtype = torch.float32
+) -> AdamW:
     """AdamW (0.9, 0.95) over the float32 masters that are trained; decay on matrices only (report section 4.2)."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    matrices, vectors = [p for p in masters if p.dim() > 1], [p for p in masters if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, moments=moments, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 

@@ -157,7 +157,16 @@ class SftObjective(SplitObjective):
         # Its mean is over rows, and the trainer multiplies by the share of the targets.
         balance = hidden.routing.balance * float(batch.tokens[rows].shape[0] / batch.tokens.shape[0] / share)
         losses = join_losses(means[0], tuple(means[1:]), balance, mtp_weight=mtp_weight, alpha=alpha)
-        return Step(losses, _counts_without_padding(hidden.routing, batch.doc_ids[rows, :length].to(device)), {})
+        return Step(losses, self.counts(hidden.routing, batch, rows), {})
+
+    def counts(self, routing: Routing, batch: PackedBatch, rows: slice) -> Tensor:
+        """Padding goes to the same few experts and is no load to balance."""
+        if not len(routing.counts):
+            return routing.counts
+        positions = routing.experts.shape[1] // batch.tokens[rows].shape[0]
+        real = (batch.doc_ids[rows, :positions] != PADDING).flatten().to(routing.counts.device)
+        experts = routing.counts.shape[1]
+        return torch.stack([torch.bincount(layer[real].flatten(), minlength=experts) for layer in routing.experts])
 
 
 def _mean(state: Tensor, head: Tensor, targets: Tensor, valid: Tensor, device: torch.device) -> Tensor:
@@ -165,15 +174,6 @@ def _mean(state: Tensor, head: Tensor, targets: Tensor, valid: Tensor, device: t
     if not bool(valid.any()):
         return state.sum() * 0.0
     return head_cross_entropy(state[valid.to(device)], head, targets[valid].to(device))
-
-
-def _counts_without_padding(routing: Routing, doc_ids: Tensor) -> Tensor:
-    """(L, E): padding goes to the same few experts and is no load to balance."""
-    real = (doc_ids != PADDING).flatten()
-    return torch.stack([
-        torch.bincount(layer[real].flatten(), minlength=counts.shape[0])
-        for layer, counts in zip(routing.experts, routing.counts, strict=True)
-    ]) if len(routing.counts) else routing.counts  # fmt: skip
 
 
 # -- held-out samples --------------------------------------------------------------------------------------------------
@@ -196,7 +196,9 @@ def measure(model: DeepseekV3, batches: list[PackedBatch]) -> dict[str, Any]:
             nats += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
             right += int((logits.argmax(-1) == wanted).sum())
             count += len(wanted)
-        agreement.add_hidden(model, hidden, [batch.valid(k, length - k).to(device) for k in range(1, depth + 1)])
+        agreement.add_hidden(
+            model.lm_head, hidden, [batch.valid(k, length - k).to(device) for k in range(1, depth + 1)]
+        )
     found = {"heldout_loss": nats / max(1, count), "heldout_greedy": right / max(1, count)}
     return {**found, "acceptance": agreement.shares()} if depth else found
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +27,16 @@ from dsv3.data.loader import Batch, count_bytes
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.lora import LoraConfig, has_lora
-from dsv3.model.transformer import DeepseekV3
+from dsv3.model.transformer import DeepseekV3, Hidden
 from dsv3.parallel.apply import PRECISIONS, compute_copy, refresh_copy
 from dsv3.parallel.fsdp import local
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline import Pipeline
 from dsv3.parallel.workers import assemble
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
 from dsv3.train.health import HealthMonitor
-from dsv3.train.loss import Losses, Objective, PretrainObjective, RowLoader, Rows, Step
+from dsv3.train.loss import Losses, Objective, Portions, PretrainObjective, RowLoader, Rows, SplitObjective, Step
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
 from dsv3.train.optim import Schedule, build_optimizer, non_finite, update_router_bias
 
@@ -135,14 +136,20 @@ class Trainer:
             raise ValueError("the model has adapters: give their LoraConfig, or merge them first")
         self.tokenizer, self.held_out, self.lora = tokenizer, held_out, lora
         self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
-        self.device = model.lm_head.weight.device
+        self.device = model.lm_head.weight.device if mesh is None else mesh.device
         self.depth = model.config.num_nextn_predict_layers
         self.workers = assemble(
             model, mesh, precision=config.precision, recompute=config.recompute, compile_layers=config.compile
         )
-        self.twin = self.workers.twin
+        self.model, self.twin = self.workers.model, self.workers.twin
+        for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
+            self.workers.part(rows, config.micro_batch)  # refused now rather than at that step
+        if self.workers.pipeline is not None and not isinstance(self.objective, SplitObjective):
+            raise ValueError(
+                f"{type(self.objective).__name__} does not run in a pipeline's stages: take pipeline 1, and expert or fsdp"
+            )
         self.optimizer = build_optimizer(
-            model,
+            self.workers.masters,
             weight_decay=config.weight_decay,
             moments=torch.bfloat16 if config.precision == "fp8" else torch.float32,
         )
@@ -154,7 +161,9 @@ class Trainer:
             **({"lora": dataclasses.asdict(lora)} if lora else {}),
             **(identity or {}),
         }
-        self.monitor = HealthMonitor(self.twin) if config.precision == "fp8" else None
+        self.monitor = (
+            HealthMonitor(*([self.twin] if mesh is None else self.workers.parts)) if config.precision == "fp8" else None
+        )
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +184,8 @@ class Trainer:
         self.workers.collect()
         norm = self.workers.clip(self.config.clip)
         if not bool(norm.isfinite()):
-            named = [(name, local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+            every = (named for part in self.workers.parts for named in part.named_parameters())
+            named = [(name, local(p.grad)) for name, p in every if p.grad is not None]
             self.workers.abandon()
             raise NonFiniteError(
                 f"gradient of {non_finite(named) or 'another rank'} is not finite {self._where(0, rows)}"
@@ -183,7 +193,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.lr(index)
         self.optimizer.step()
-        update_router_bias(self.model, counts, schedule.bias_speed(index))
+        for part, load in self.workers.loads(counts):
+            update_router_bias(part, load, schedule.bias_speed(index))
         self.workers.refresh()
         self.step_index += 1
         self.tokens += positions
@@ -211,6 +222,8 @@ class Trainer:
         """Forward and backward over the micro-batches: gradients of the step's mean loss with the workers, and its parts."""
         rows, shares, whole = batch.tokens.shape[0], self.objective.shares(batch), None
         micros = self.workers.part(rows, self.config.micro_batch)
+        if self.workers.pipeline is not None:
+            return self._sum_over_ranks(self._piped(self.workers.pipeline, batch, micros, mtp_weight), rows)
         for i, micro in enumerate(micros):
             # One without rows runs another rank's with no weight, so that its ranks meet in every collective.
             empty = micro.start == micro.stop
@@ -234,6 +247,18 @@ class Trainer:
             whole = _add(whole, part._replace(counts=part.counts * 0) if empty else part, share)
         assert whole is not None
         return whole if self.workers.mesh is None else self._sum_over_ranks(whole, rows)
+
+    def _piped(self, pipeline: Pipeline, batch: Rows, micros: list[slice], mtp_weight: float) -> Step:
+        assert isinstance(self.objective, SplitObjective)
+        alpha, whole = self.config.alpha, None
+        feed = Portions(
+            self.objective, batch, micros, depth=self.depth, mtp_weight=mtp_weight, alpha=alpha, device=self.device
+        )
+        records, counts = pipeline.step(feed, len(micros), balance=alpha > 0)
+        for record, share in zip(records, feed.shares, strict=True):  # whose counts are the last stage's alone
+            whole = _add(whole, record._replace(counts=torch.zeros(())), share)
+        assert whole is not None
+        return whole._replace(counts=counts)
 
     def _sum_over_ranks(self, mine: Step, rows: int) -> Step:
         """The step's parts of all data ranks together, each knowing the loss of all before any may raise.
@@ -367,23 +392,35 @@ class Trainer:
         """Held-out cross entropy in bits per UTF-8 byte of text: comparable across tokenizers."""
         assert self.held_out is not None
         nats, count = 0.0, 0
-        for batch in self.held_out.batches:
-            length = batch.tokens.shape[1]
-            logits = self.twin(batch.tokens.to(self.device)).float()
+        for batch, hidden in self._held_out_states(0):
+            head, length = self.workers.head, batch.tokens.shape[1]
             targets = batch.targets[:, :length]
+            logits = head(hidden.main).float()
             nats += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), targets.flatten().to(self.device), reduction="sum"
             ).item()
             count += count_bytes(targets, self.held_out.byte_lengths)
+        nats, count = self.workers.gather(torch.tensor([nats, count], dtype=torch.float64, device=self.device)).tolist()
         return nats / math.log(2) / count
 
     def acceptance(self) -> list[float]:
         """Of each MTP depth, the share of its drafts on held-out text that the main model's greedy choice equals."""
-        assert self.held_out is not None
         agreement = Agreement(self.depth)
-        for batch in self.held_out.batches:
-            agreement.add(self.twin, batch.tokens.to(self.device))
-        return agreement.shares()
+        for _, hidden in self._held_out_states(self.depth):
+            agreement.add_states(self.workers.head, hidden)
+        return agreement.shares(self.workers.gather(agreement.counts(self.device)))
+
+    @torch.no_grad()
+    def _held_out_states(self, depth: int) -> Iterator[tuple[Batch, Hidden]]:
+        """Batches of this data rank, each with its states, in the ranks that have the head."""
+        assert self.held_out is not None
+        batches, mesh = self.held_out.batches, self.workers.mesh
+        size, rank = (1, 0) if mesh is None else (mesh.data_size, mesh.data_rank)
+        for turn in range(-(-len(batches) // size)):  # as many turns on every rank: they meet in them
+            batch = batches[min(turn * size + rank, len(batches) - 1)]
+            hidden = self.workers.hidden(batch.tokens.to(self.device), depth=depth)
+            if hidden is not None and turn * size + rank < len(batches):
+                yield batch, hidden
 
 
 def _add(whole: Step | None, part: Step, share: float) -> Step:

@@ -23,13 +23,13 @@ def test_states_of_k_positions_on_agree_always_and_shifted_ones_by_chance():
     right = Hidden(main, (main.roll(-1, 1), main.roll(-2, 1)), hidden.routing)
     valid = [torch.ones(3, length - k, dtype=torch.bool) for k in (1, 2)]
     agreement = Agreement(2)
-    agreement.add_hidden(model, right, valid)
+    agreement.add_hidden(model.lm_head, right, valid)
     assert agreement.drafts == [3 * (length - 1), 3 * (length - 2)]
     assert agreement.shares() == [1.0, 1.0]
-    agreement.add_hidden(model, Hidden(main, (main.roll(-2, 1), main.roll(-1, 1)), hidden.routing), valid)
+    agreement.add_hidden(model.lm_head, Hidden(main, (main.roll(-2, 1), main.roll(-1, 1)), hidden.routing), valid)
     assert all(0.5 <= share < 0.7 for share in agreement.shares())
     none = Agreement(1)
-    none.add_hidden(model, Hidden(main, (main,), hidden.routing), [valid[0] & False])
+    none.add_hidden(model.lm_head, Hidden(main, (main,), hidden.routing), [valid[0] & False])
     assert none.shares() == [0.0]
 
 
@@ -40,7 +40,7 @@ def test_only_positions_that_count_are_counted():
         greedy = [model.lm_head(state).argmax(-1) for state in (hidden.main, hidden.mtp[0])]
     valid = torch.rand(3, 19, generator=torch.Generator().manual_seed(1)) < 0.4
     agreement = Agreement(1)
-    agreement.add_hidden(model, hidden, [valid])
+    agreement.add_hidden(model.lm_head, hidden, [valid])
     wanted = (greedy[0][:, 1:] == greedy[1][:, :-1])[valid]
     assert (agreement.hits[0], agreement.drafts[0]) == (int(wanted.sum()), int(valid.sum()))
 

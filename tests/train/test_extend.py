@@ -100,7 +100,7 @@ def test_a_phase_starts_from_the_float32_masters_and_the_moments_of_the_one_befo
     checkpoint, *_ = start
     newest = run(start, tmp_path, dataclasses.replace(SMALL, lr=0.0, steps=1))
     before, after = (DeepseekV3(ModelConfig.from_hf(path)) for path in (checkpoint, newest))
-    optimizers = build_optimizer(before), build_optimizer(after)
+    optimizers = [build_optimizer(list(model.parameters())) for model in (before, after)]
     load_training(checkpoint, before, optimizers[0])
     load_training(newest, after, optimizers[1])
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values()):

@@ -64,7 +64,7 @@ def test_one_token_of_a_million_moves_the_bias():
 
 def test_only_matrices_decay_and_the_bias_is_no_parameter():
     model = random_model()
-    decayed, rest = build_optimizer(model).param_groups
+    decayed, rest = build_optimizer(list(model.parameters())).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() > 1 for p in decayed["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -74,7 +74,7 @@ def test_bfloat16_moments_follow_float32_ones():
     """A moment rounded to eight bits a step: the parameter's path stays within a few thousandths of the exact one."""
     torch.manual_seed(0)
     pair = [torch.nn.ParameterList([torch.nn.Parameter(torch.ones(64, 64))]) for _ in range(2)]
-    optimizers = [build_optimizer(p, moments=d) for p, d in zip(pair, (torch.float32, torch.bfloat16))]
+    optimizers = [build_optimizer(list(p), moments=d) for p, d in zip(pair, (torch.float32, torch.bfloat16))]
     for _ in range(50):
         gradient = torch.randn(64, 64) + 0.3
         for parameters, optimizer in zip(pair, optimizers):
