@@ -190,7 +190,7 @@ def extend_plainly(work: Path) -> None:
         config, loader = EXTEND.train_config(phase), Rows(LoaderConfig(seq_len=length, seed=EXTEND.seed + phase))
         model = DeepseekV3(dataclasses.replace(MODEL, max_position_embeddings=LONGEST))
         trainer = Trainer(model, loader, config, work / "plain" / f"phase-{phase + 1}")
-        load_training(start, model, trainer.optimizer)
+        load_training(start, trainer.workers, trainer.optimizer)
         refresh_copy(trainer.twin, model)
         trainer.run()
         start = latest_checkpoint(trainer.folder)

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -101,10 +101,29 @@ def save_checkpoint(
             that is not written.
         OSError: the disk is full (ENOSPC); says bytes needed and free. Nothing is left behind, the old one is intact.
     """
-    target = Path(folder).resolve()
     _check_state("the state dict", state, config)
+    write_checkpoint(
+        config, folder, held=partial(_held, state), value=partial(_from_state, state), dtype=dtype, shard_bytes=shard_bytes,
+        overwrite=overwrite, tokenizer=tokenizer, progress=progress,
+    )  # fmt: skip
+
+
+def write_checkpoint(
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    held: Callable[[Piece], torch.dtype],
+    value: Callable[[Piece], Value],
+    dtype: torch.dtype | str | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    tokenizer: _Savable | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """`save_checkpoint` of pieces wherever they are: `held` tells a piece's dtype, `value` gets it, in the published order."""
+    target = Path(folder).resolve()
     form = Form(None if dtype is None else dtype_named(dtype))
-    shards = cut(units(config, form, lambda piece: _held(state, piece)), shard_bytes)
+    shards = cut(units(config, form, held), shard_bytes)
     disk.restore_interrupted(target)
     disk.check_target(target, overwrite)
     temp, _ = disk.siblings(target)
@@ -116,7 +135,7 @@ def save_checkpoint(
         disk.check_space(target, needed)
         temp.mkdir()
         for name, shard in zip(file_names(len(shards)), shards):
-            files[name], digests = write_shard(temp / name, shard, partial(_from_state, state))
+            files[name], digests = write_shard(temp / name, shard, value)
             tensors |= digests
             done += sum(unit.size for unit in shard)
             if progress is not None:

@@ -1,37 +1,58 @@
 """Training checkpoints: a Hugging Face model folder with the training state beside it.
 
     RUN/checkpoints/step-00000100/   config.json, model.safetensors, tokenizer.json, ...   opens in transformers, vLLM, dsv3
-                     training/       float32 masters, optimizer moments (torch.distributed.checkpoint)
+                     training/       float32 masters, optimizer moments (torch.distributed.checkpoint), checksums.json
                      training.json   step, tokens, loader position, and what the run was started with
 
-Of a model with adapters (model/lora.py) a checkpoint holds these alone, in adapter/, and their masters in training/; only the
-last of the run is a whole model, with the adapters merged into it.
+Masters and moments bear the names of the whole model, whatever processes held them, so any number of processes in any layout
+reads them again: every rank what it holds. Of several processes only the last checkpoint of a run has the model's own files, of
+a model with adapters (model/lora.py) too: `consolidate` makes them of any, a tensor in memory at a time.
 
-A checkpoint is written under a temporary name, synced, and renamed: what bears a step's name is whole. Only then are older
-ones removed. Does not: decide when to save.
+A checkpoint is written under a temporary name, synced, and renamed: what bears a step's name is whole (saver.py).
+Does not: decide when to save.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dsv3.data.tokenizer import Tokenizer
-from dsv3.model.lora import LoraConfig, adapter_state, has_lora, merged_state, save_adapters
+from dsv3.model import folder as disk
+from dsv3.model.census import Piece
+from dsv3.model.config import ModelConfig
+from dsv3.model.lora import adapter_state, has_lora
 from dsv3.model.transformer import DeepseekV3
-from dsv3.model.weights import save_checkpoint, write_config
+from dsv3.model.weights import write_checkpoint
+from dsv3.parallel.fsdp import local
+from dsv3.parallel.mesh import Mesh
 from dsv3.train.optim import AdamW
 
+STATE = "training.json"
+TENSORS = "training"
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class Holder(Protocol):
+    """Who holds masters: parallel.workers.Workers."""
+
+    @property
+    def mesh(self) -> Mesh | None: ...
+    @property
+    def parts(self) -> list[DeepseekV3]: ...
+    def view(self, name: str, tensor: Tensor) -> Tensor: ...
+    def settle(self) -> None: ...
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -44,60 +65,13 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
-def save_training(
-    run: Path,
-    model: DeepseekV3,
-    optimizer: AdamW,
-    tokenizer: Tokenizer | None,
-    state: Mapping[str, Any],
-    *,
-    keep_last: int,
-    lora: LoraConfig | None = None,
-    whole: bool = True,
-) -> Path:
-    """Write checkpoint `state["step"]` and remove all but the newest `keep_last`. An existing one of that step stays.
-
-    Args:
-        lora: of a model with adapters. whole: merge them into a whole model beside; without adapters always so.
-
-    Raises:
-        OSError: the disk is full or unwritable; earlier checkpoints are untouched.
-    """
-    target = run / "checkpoints" / f"step-{state['step']:08d}"
-    if target.exists():
-        return target
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _save_model(temporary, model, lora, whole)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks that no process group exists: there is one process
-            dcp.save(_tensors(model, optimizer), checkpoint_id=temporary / "training", no_dist=True)
-        (temporary / "training.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(run).free
-        raise OSError(
-            error.errno,
-            f"checkpoint {target.name} could not be written ({error.strerror or error}; {free:,} bytes free): "
-            "make room and resume; the checkpoints before it are whole",
-        ) from error
-    for old in checkpoints(run)[:-keep_last]:
-        shutil.rmtree(old)
-    return target
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """training.json of a checkpoint.
 
     Raises:
         ValueError: it holds no training state.
     """
-    path = checkpoint / "training.json"
+    path = checkpoint / STATE
     if not path.exists():
         raise ValueError(
             f"{checkpoint} holds a model but no training state ({path.name} is missing): start from its weights instead"
@@ -105,13 +79,107 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_training(checkpoint: Path, model: DeepseekV3, optimizer: AdamW) -> None:
-    """Fill the masters, router biases and optimizer moments in place, bit for bit."""
-    optimizer.materialise()  # so that the load has tensors to fill
-    tensors = _tensors(model, optimizer)
+def training_tensors(holder: Holder, optimizer: AdamW) -> list[tuple[str, Tensor]]:
+    """Masters, router biases and moments under their stored names, each in the very storage that training uses; where this
+    rank holds a tensor twice (a pipeline's embedding), twice."""
+    optimizer.materialise()
+    holder.settle()
+    found, names = [], dict[int, str]()
+    for part in holder.parts:
+        names |= {id(parameter): name for name, parameter in part.named_parameters()}
+        held = adapter_state(part) if has_lora(part) else part.state_dict()
+        found += [(f"model.{name}", holder.view(name, tensor)) for name, tensor in held.items()]
+    for parameter, entry in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in entry.items():
+            found.append((f"optimizer.{name}.{key}", holder.view(name, value) if value.dim() else value))
+    return found
+
+
+@torch.no_grad()
+def load_training(checkpoint: Path, holder: Holder, optimizer: AdamW) -> None:
+    """Fill the masters, router biases and optimizer moments in place, bit for bit. With several processes all call it.
+
+    Raises:
+        ValueError: a file of it is not what was written; on every process.
+    """
+    _verify(checkpoint, holder.mesh is not None)
+    named = training_tensors(holder, optimizer)
+    tensors = dict(reversed(named))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=checkpoint / "training", no_dist=True)
+        warnings.simplefilter("ignore")  # torch remarks that no process group exists, where there is one process
+        dcp.load(tensors, checkpoint_id=checkpoint / TENSORS, no_dist=holder.mesh is None)
+    for name, tensor in named:
+        if tensor is not tensors[name]:
+            local(tensor).copy_(local(tensors[name]))
+
+
+def _verify(checkpoint: Path, together: bool) -> None:
+    """Compare the files with their sha256, each process some of them. Checkpoints of earlier versions have none."""
+    folder = checkpoint / TENSORS
+    if not (folder / CHECKSUMS).exists():
+        return
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    expected = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
+    damaged = [
+        name for name, digest in expected[rank::world]
+        if not (folder / name).exists() or disk.sha256(folder / name) != digest
+    ]  # fmt: skip
+    if together:
+        told: list[list[str]] = [[] for _ in range(world)]
+        dist.all_gather_object(told, damaged)
+        damaged = [name for names in told for name in names]
+    if damaged:
+        others = ", ".join(path.name for path in checkpoints(checkpoint.parent.parent) if path != checkpoint)
+        raise ValueError(
+            f"{folder}: {', '.join(damaged)} is not what was written (sha256): remove {checkpoint.name}, the run goes on from "
+            f"the checkpoint before it ({others or 'there is none'})"
+        )
+
+
+def consolidate(
+    checkpoint: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | str | None = torch.bfloat16,
+    source: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> None:
+    """Write the model of a checkpoint as a Hugging Face folder, from the masters. Holds one tensor at a time (of a layer's
+    experts: of all of them).
+
+    Args:
+        dtype, options: as of `save_checkpoint`. source: the folder of the tensors, if it is not in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint holds no training state, or that of adapters alone.
+    """
+    reader = FileSystemReader(checkpoint / TENSORS if source is None else source)
+    stored = reader.read_metadata().state_dict_metadata
+    config = ModelConfig.from_hf(checkpoint)
+    last: dict[str, Tensor] = {}
+
+    def described(name: str) -> TensorStorageMetadata:
+        found = stored.get(f"model.{name}")
+        if not isinstance(found, TensorStorageMetadata):
+            raise ValueError(f"{checkpoint} has no {name} among its training tensors: its model is in its own files")
+        return found
+
+    def value(piece: Piece) -> Tensor:
+        if piece.memory not in last:
+            last.clear()
+            about = described(piece.memory)
+            last[piece.memory] = torch.empty(about.size, dtype=about.properties.dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load({f"model.{piece.memory}": last[piece.memory]}, storage_reader=reader, no_dist=True)
+        return last[piece.memory][piece.index]
+
+    write_checkpoint(
+        config, target, held=lambda piece: described(piece.memory).properties.dtype, value=value, dtype=dtype,
+        progress=progress, **options,
+    )  # fmt: skip
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -124,35 +192,3 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} there, {b!r} now")
     return lines
-
-
-def _save_model(folder: Path, model: DeepseekV3, lora: LoraConfig | None, whole: bool) -> None:
-    if lora is None:
-        save_checkpoint(model.state_dict(), model.config, folder, dtype=torch.bfloat16)
-        return
-    if whole:
-        save_checkpoint(merged_state(model), model.config, folder, dtype=torch.bfloat16)
-    else:
-        folder.mkdir(parents=True)
-        write_config(folder, model.config, torch.bfloat16)
-    save_adapters(model, lora, folder / "adapter")
-
-
-def _tensors(model: DeepseekV3, optimizer: AdamW) -> dict[str, Any]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[id(parameter)]}.{key}": value
-        for parameter, entry in optimizer.state.items()
-        for key, value in entry.items()
-    }
-    held = adapter_state(model) if has_lora(model) else dict(model.state_dict())
-    return {"model": held, "optimizer": moments}
-
-
-def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

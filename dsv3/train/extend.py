@@ -251,7 +251,7 @@ def _phase(
     model = model.to_empty(device=device)
     trainer = Trainer(model, loader, config, folder, tokenizer=tokenizer, objective=objective)
     if (start / "training.json").exists():
-        load_training(start, model, trainer.optimizer)
+        load_training(start, trainer.workers, trainer.optimizer)
     else:
         load_into(model.state_dict(), model_config, start)
     refresh_copy(trainer.twin, model)

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,18 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import training_flops_per_token
 from dsv3.model.lora import LoraConfig, has_lora
 from dsv3.model.transformer import DeepseekV3, Hidden
-from dsv3.parallel.apply import PRECISIONS, compute_copy, refresh_copy
+from dsv3.parallel.apply import PRECISIONS, compute_copy
 from dsv3.parallel.fsdp import local
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import Pipeline
 from dsv3.parallel.workers import assemble
 from dsv3.train.acceptance import Agreement
-from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state, save_training
+from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state
 from dsv3.train.health import HealthMonitor
 from dsv3.train.loss import Losses, Objective, Portions, PretrainObjective, RowLoader, Rows, SplitObjective, Step
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
 from dsv3.train.optim import Schedule, build_optimizer, non_finite, update_router_bias
+from dsv3.train.saver import Saver
 
 
 class NonFiniteError(ValueError):
@@ -153,6 +154,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             moments=torch.bfloat16 if config.precision == "fp8" else torch.float32,
         )
+        self.saver = Saver(self.folder, self.workers, self.optimizer, tokenizer, keep_last=config.keep_last, lora=lora)
         self.step_index, self.tokens = 0, 0
         self.identity = {
             "model": model.config.to_hf(),
@@ -323,17 +325,20 @@ class Trainer:
         resumed = latest_checkpoint(self.folder) if resume else None
         if resumed is not None:
             self.restore(resumed)
-        schedule = self.config.schedule
+        schedule, leads = self.config.schedule, self.workers.leads
         end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
-        flops = training_flops_per_token(self.model.config, self.config.seq_len, causal=True, mtp=self.depth > 0)
-        peak = measure_peak(torch.float32 if self.config.precision == "float32" else torch.bfloat16, self.device)
-        log = MetricsLog(self.folder, resume_step=self.step_index)
-        with log, Console(schedule.steps, start_step=self.step_index) as console, _interruptible() as interrupted:
+        share = self._peak_share() if leads else lambda tokens_per_s: 0.0
+        with ExitStack() as stack:
+            interrupted = stack.enter_context(_interruptible())
+            stack.callback(self.saver.wait)
+            log = stack.enter_context(MetricsLog(self.folder, resume_step=self.step_index)) if leads else None
+            console = stack.enter_context(Console(schedule.steps, start_step=self.step_index)) if leads else None
+            say = console.log if console is not None else _nothing
             if resumed is not None:
-                console.log(f"resumed from {resumed.name}")
+                say(f"resumed from {resumed.name}")
             while self.step_index < end:
                 record = self.step()
-                record["peak_share"] = record["tokens_per_s"] * flops / peak
+                record["peak_share"] = share(record["tokens_per_s"])
                 if self.held_out is not None and (
                     self.step_index % self.config.eval_every == 0 or self.step_index == end
                 ):
@@ -341,33 +346,44 @@ class Trainer:
                     record |= {"acceptance": self.acceptance()} if self.depth else {}
                 for extra in on_eval:
                     record |= extra(self)
-                log.write(record)
-                console.update(record)
+                if log is not None and console is not None:
+                    log.write(record)
+                    console.update(record)
                 for alarm in self.monitor.alarms() if self.monitor and "fp8" in record else ():
-                    console.log(f"warning, step {self.step_index}: {alarm}")
-                if self.step_index == end or interrupted() or self.step_index % self.config.save_every == 0:
-                    self.save()
-                if interrupted():
-                    console.log(f"stopped at step {self.step_index}; the same command resumes")
+                    say(f"warning, step {self.step_index}: {alarm}")
+                stop = self._any(interrupted())
+                if self.step_index == end or stop or self.step_index % self.config.save_every == 0:
+                    self.save(wait=self.step_index == end or stop)
+                if stop:
+                    say(f"stopped at step {self.step_index}; the same command resumes")
                     raise KeyboardInterrupt
 
-    def save(self) -> Path:
+    def _peak_share(self) -> Callable[[float], float]:
+        """Tokens a second -> share of the machine's matmul rate, of all processes together."""
+        flops = training_flops_per_token(self.model.config, self.config.seq_len, causal=True, mtp=self.depth > 0)
+        peak = measure_peak(torch.float32 if self.config.precision == "float32" else torch.bfloat16, self.device)
+        processes = 1 if self.workers.mesh is None else self.workers.mesh.world
+        return lambda tokens_per_s: tokens_per_s * flops / (peak * processes)
+
+    def _any(self, pressed: bool) -> bool:
+        """Whether any process was interrupted: all stop behind the same step."""
+        if self.workers.mesh is None:
+            return pressed
+        return bool(self.workers.gather(torch.tensor(int(pressed), device=self.device)))
+
+    def save(self, *, wait: bool = True) -> Path:
+        """Write a checkpoint of this step; see saver.py.
+
+        Raises:
+            OSError: it, or the one before it, could not be written.
+        """
         state = {
             "step": self.step_index,
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "identity": self.identity,
         }
-        return save_training(
-            self.folder,
-            self.model,
-            self.optimizer,
-            self.tokenizer,
-            state,
-            keep_last=self.config.keep_last,
-            lora=self.lora,
-            whole=self.step_index >= self.config.schedule.steps,
-        )
+        return self.saver.save(state, whole=self.step_index >= self.config.schedule.steps, wait=wait)
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -383,9 +399,9 @@ class Trainer:
                 + "; ".join(changed)
             )
         self.loader.load_state_dict(state["loader"])
-        load_training(checkpoint, self.model, self.optimizer)
+        load_training(checkpoint, self.workers, self.optimizer)
         self.step_index, self.tokens = state["step"], state["tokens"]
-        refresh_copy(self.twin, self.model)
+        self.workers.refresh()
 
     @torch.no_grad()
     def bits_per_byte(self) -> float:
@@ -437,6 +453,10 @@ def _add(whole: Step | None, part: Step, share: float) -> Step:
 def _scaled(losses: Losses, share: float) -> Losses:
     mtp = tuple(loss * share for loss in losses.mtp)
     return Losses(losses.total.detach() * share, losses.main * share, mtp, losses.balance * share)
+
+
+def _nothing(text: str) -> None:
+    """What processes but the first say."""
 
 
 def _jsonable(value: Any) -> Any:

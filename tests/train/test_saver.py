@@ -1,0 +1,160 @@
+"""Checkpoints written and read by any number of processes in any layout; beside the training; damaged ones."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+from dsv3.model.fingerprint import fingerprint
+from dsv3.model.weights import load_model
+from dsv3.parallel.mesh import Mesh, ParallelConfig
+from dsv3.train.checkpoint import checkpoints, consolidate, latest_checkpoint, training_tensors
+from dsv3.train.trainer import Trainer
+from tests.model.tiny import TINY
+from tests.parallel.ranks import run_ranks
+from tests.parallel.small import small_trainer
+
+LAYOUTS: list[tuple[int, dict[str, Any] | None]] = [
+    (1, None),
+    (2, {"expert": 2}),
+    (4, {"pipeline": 2, "expert": 2, "schedule": "zero-bubble"}),
+    (2, {"sharding": "fsdp"}),
+]
+
+
+def state_of(run: Trainer) -> dict[str, torch.Tensor]:
+    """Every master, bias and moment that is stored, whole."""
+    found = {}
+    for name, tensor in training_tensors(run.workers, run.optimizer):
+        found[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return found
+
+
+def go_on(_group: Any, degrees: dict[str, Any] | None, folder: str, steps: int = 1) -> tuple[dict, dict]:
+    """Restore what is there, take steps, save: the states after the first and after the last."""
+    mesh = None if degrees is None else Mesh(ParallelConfig(**degrees), TINY)
+    run = small_trainer(Path(folder), mesh, save_every=1, keep_last=9)
+    resumed = latest_checkpoint(Path(folder))
+    if resumed is not None:
+        run.restore(resumed)
+    before = state_of(run)
+    for _ in range(steps):
+        run.step()
+        run.save(wait=False)
+    run.saver.wait()
+    return before, state_of(run)
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_in_any_layout_from_the_very_bits(tmp_path):
+    run = tmp_path / "run"
+    last: dict[str, torch.Tensor] | None = None
+    for turn, (ranks, degrees) in enumerate(LAYOUTS):
+        if degrees is None:
+            results = [go_on(None, None, str(run))]
+        else:
+            results = run_ranks(go_on, ranks, tmp_path / f"ranks-{turn}", degrees, str(run))
+        before = {name: tensor for found, _ in results for name, tensor in found.items()}
+        for found, _ in results:
+            assert all(torch.equal(before[name], tensor) for name, tensor in found.items())
+        if last is not None:
+            assert before.keys() == last.keys()
+            assert all(torch.equal(before[name], tensor) for name, tensor in last.items())
+        last = {name: tensor for _, found in results for name, tensor in found.items()}
+    assert [path.name[-1] for path in checkpoints(run)] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.dist
+def test_the_same_layout_goes_on_as_if_never_stopped(tmp_path):
+    degrees = {"expert": 2, "sharding": "fsdp"}
+    whole = run_ranks(go_on, 2, tmp_path / "a", degrees, str(tmp_path / "whole"), 3)
+    run_ranks(go_on, 2, tmp_path / "b", degrees, str(tmp_path / "parts"), 1)
+    parts = run_ranks(go_on, 2, tmp_path / "c", degrees, str(tmp_path / "parts"), 2)
+    for (_, a), (_, b) in zip(whole, parts, strict=True):
+        assert all(torch.equal(b[name], tensor) for name, tensor in a.items())
+
+
+def finish(_group: Any, folder: str) -> float:
+    mesh = Mesh(ParallelConfig(pipeline=2), TINY)
+    run = small_trainer(Path(folder), mesh, schedule={"steps": 2}, save_every=1)
+    run.run()
+    return run.saver.stalled
+
+
+@pytest.mark.dist
+def test_several_processes_leave_a_model_that_anyone_opens(tmp_path):
+    run_ranks(finish, 2, tmp_path / "ranks", str(tmp_path / "run"))
+    first, last = checkpoints(tmp_path / "run")
+    assert not list(first.glob("*.safetensors"))
+    consolidate(first, tmp_path / "first")
+    for folder in (last, tmp_path / "first"):
+        model = load_model(folder, dtype="float32")
+        stored = {"model." + name: torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
+        dcp.load(stored, checkpoint_id=(last if folder == last else first) / "training", no_dist=True)
+        for name, tensor in model.state_dict().items():
+            kept = stored["model." + name]
+            assert torch.equal(tensor, kept if "bias" in name else kept.bfloat16().float()), name
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    run, gate, save = small_trainer(tmp_path), threading.Event(), dcp.save
+    run.step()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        assert gate.wait(20)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    expected = state_of(run)
+    target = run.save(wait=False)
+    run.step()  # moves every tensor that is being written
+    assert not target.exists()
+    gate.set()
+    run.saver.wait()
+    again = small_trainer(tmp_path)
+    again.restore(target)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(again).items())
+    assert again.step_index == 1
+
+
+def test_a_disk_that_fills_up_beside_the_training_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    run = small_trainer(tmp_path)
+    run.step()
+    good = run.save()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", full)
+    run.step()
+    run.save(wait=False)
+    with pytest.raises(OSError, match=r"could not be written .No space left.*the checkpoints before it are whole"):
+        run.saver.wait()
+    assert checkpoints(tmp_path) == [good]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_a_damaged_checkpoint_is_refused_and_named(tmp_path):
+    run = small_trainer(tmp_path, keep_last=3)
+    for _ in range(2):
+        run.step()
+        run.save()
+    newest = latest_checkpoint(tmp_path)
+    part = next((newest / "training").glob("__0_*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    before = fingerprint(run.model)
+    with pytest.raises(
+        ValueError, match=r"__0_0.distcp is not what was written.*the checkpoint before it .step-00000001"
+    ):
+        run.restore(newest)
+    assert fingerprint(run.model) == before
+    run.restore(checkpoints(tmp_path)[0])
