@@ -24,6 +24,7 @@ VERBS = {
     "generate": ("checkpoints", "Generate", "complete a prompt"),
     "convert": ("checkpoints", "Convert", "FP8, bfloat16, GGUF, other shards: from any to any"),
     "inspect": ("checkpoints", "Inspect", "what a checkpoint or a config.json holds"),
+    "doctor": ("doctor", "Doctor", "check the machines of a run: versions, network, disk, limits, clocks; what to set"),
 }  # in the order of a model's life
 
 
