@@ -4,8 +4,8 @@
     examine   every rank measures (probes.py), all is gathered, rank 0 judges
     judge     facts -> findings: wrong (a run would fail or lose data) or warning (it would be slow or surprise), with what to set
 
-    Every measure has a bound that holds anywhere (versions equal, free bytes asked for), or is held against the median of the ranks:
-    what is slow is what is slower than its like. Absolute bandwidths are told, not judged: hardware differs.
+Every measure has a bound that holds anywhere (versions equal, free bytes asked for), or is held against the median of the
+ranks: what is slow is what is slower than its like. Absolute bandwidths are told, not judged: hardware differs.
 
 Works in one process too, where nothing is asked of a network.
 Does not: print; change any setting; look at the network beyond torch's own collectives.
