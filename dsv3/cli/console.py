@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from dsv3.data.shards import Progress
     from dsv3.data.tokenizer import Tokenizer
+    from dsv3.model.config import ModelConfig
+    from dsv3.parallel.degrees import ParallelConfig
+    from dsv3.parallel.mesh import Mesh
     from dsv3.recipes.corpus import Texts
 
 
@@ -36,6 +39,27 @@ def bytes_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def together(degrees: ParallelConfig, model: ModelConfig, device: str) -> Iterator[Mesh | None]:
+    """The mesh of the processes that torchrun started, for as long as they work; None for one alone.
+
+    Raises:
+        ValueError: the degrees ask for more processes than there are, or do not fit.
+    """
+    from dsv3.parallel.mesh import Mesh, join, launched, part
+
+    processes = launched()
+    degrees.check(model, processes)
+    if processes == 1:
+        yield None
+        return
+    join(device.partition(":")[0])
+    try:
+        yield Mesh(degrees, model, device.partition(":")[0])
+    finally:
+        part()
 
 
 def open_tokenizer(spec: str) -> Tokenizer:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dsv3.cli.console import checkpoint_of, document_bars, open_tokenizer, print_table
+from dsv3.cli.console import checkpoint_of, document_bars, open_tokenizer, print_table, together
+from dsv3.parallel.degrees import ParallelConfig
 
 if TYPE_CHECKING:
     from dsv3.model.config import ModelConfig
@@ -67,7 +68,9 @@ class Data:
 class Pretrain:
     """Pre-train from shards (made by `dsv3 data`). Resumes when the folder holds a checkpoint.
     Example: dsv3 pretrain --shards shards/ --tokenizer tok/ --model model.json --steps 2000 --out runs/mine
-    model.json holds the fields of ModelConfig you want other than the tiny recipe's, as in a config.json."""
+    model.json holds the fields of ModelConfig you want other than the tiny recipe's, as in a config.json.
+    On several processes: torchrun --nproc-per-node 4 -m dsv3.cli pretrain --parallel.expert 4 ... ; --max-restarts 3 brings
+    a run back from its last checkpoint when a process dies, and the run may go on with other degrees."""
 
     shards: Path
     """What `dsv3 data` wrote."""
@@ -102,6 +105,7 @@ class Pretrain:
     extend_lr: float = 7.3e-6
     """Constant over both phases: pre-training's last; a small model wants more."""
     device: str = "cpu"
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 def run(verb: Run) -> None:
@@ -187,13 +191,18 @@ def pretrain(verb: Pretrain) -> None:
     shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Pretrain)}
     config = TrainConfig(schedule=schedule, **{name: getattr(verb, name) for name in shared})
     held = open_shards(verb.shards / "held_out") if (verb.shards / "held_out").exists() else None
-    trainer = build_trainer(
-        model, config, open_shards(verb.shards / "train"), tokenizer, verb.out, held_out=held, device=verb.device
-    )
-    trainer.run()
-    results = {"held-out bits per byte": trainer.bits_per_byte()} if held else {}
-    sections = {"model": model.to_hf(), "training": dataclasses.asdict(config)}
-    print(f"report: {write_report(verb.out, title='dsv3 pretrain', config=sections, samples=[], results=results)}")
+    with together(verb.parallel, model, verb.device) as mesh:
+        trainer = build_trainer(
+            model, config, open_shards(verb.shards / "train"), tokenizer, verb.out, held_out=held, device=verb.device, mesh=mesh
+        )  # fmt: skip
+        trainer.run()
+        results = {"held-out bits per byte": trainer.bits_per_byte()} if held else {}
+        if trainer.workers.leads:
+            sections = {"model": model.to_hf(), "training": dataclasses.asdict(config)}
+            if mesh is not None:
+                sections["processes"] = {"world": mesh.world, **dataclasses.asdict(mesh.config)}
+            report = write_report(verb.out, title="dsv3 pretrain", config=sections, samples=[], results=results)
+            print(f"report: {report}")
 
 
 def _model_config(path: Path | None, base: ModelConfig) -> ModelConfig:

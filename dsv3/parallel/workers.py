@@ -135,6 +135,8 @@ class Together:
             parallelize(part, mesh, precision=precision, recompute=recompute, compile_layers=compile_layers)
             if next(part.parameters()).is_meta:
                 part.to_empty(device=mesh.device)
+                for router in part.routers():
+                    router.e_score_correction_bias.zero_()
         self.model = self.twin = self.parts[0]
         self.masters = [parameter for part in self.parts for parameter in trained(part)]
         self.pipeline: Pipeline | None = None

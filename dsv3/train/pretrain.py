@@ -14,6 +14,10 @@ from dsv3.data.shards import Shards
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.stage import initial_weights
+from dsv3.parallel.workers import Together
+from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.trainer import HeldOut, TrainConfig, Trainer
 
 
@@ -27,11 +31,13 @@ def build_trainer(
     held_out: Shards | None = None,
     held_out_rows: int = 32,
     device: str = "cpu",
+    mesh: Mesh | None = None,
 ) -> Trainer:
     """A trainer over freshly initialised float32 masters; `run` resumes if the folder holds a checkpoint.
 
     Raises:
-        ValueError: the tokenizer does not fit the shards or the model, or the corpus is smaller than one batch.
+        ValueError: the tokenizer does not fit the shards or the model, the corpus is smaller than one batch, or the batch
+            does not divide over the processes.
     """
     if shards.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
@@ -49,8 +55,6 @@ def build_trainer(
     depth = model_config.num_nextn_predict_layers
     loader = Loader(shards, LoaderConfig(seq_len=train_config.seq_len, extra_tokens=depth, seed=train_config.seed))
     loader.check_batch(train_config.schedule.batch_size)
-    model = DeepseekV3(model_config)
-    model.init_weights(torch.Generator().manual_seed(train_config.seed))
     evaluation = None
     if held_out is not None:
         longest = max(len(source.tokens) for source in held_out.sources)
@@ -62,4 +66,14 @@ def build_trainer(
             max_rows=held_out_rows,
         )
         evaluation = HeldOut(list(rows), byte_lengths(tokenizer))
-    return Trainer(model.to(device), loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation)
+    generator = torch.Generator().manual_seed(train_config.seed)
+    with torch.device("cpu" if mesh is None else "meta"):  # of several processes none ever holds the whole model
+        model = DeepseekV3(model_config)
+    if mesh is None:
+        model.init_weights(generator)
+        model = model.to(device)
+    trainer = Trainer(model, loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation, mesh=mesh)
+    if isinstance(trainer.workers, Together) and latest_checkpoint(Path(folder)) is None:
+        tensors = initial_weights(model_config, generator, dtype=torch.float32, device=torch.device("cpu"))
+        trainer.workers.place(tensors)
+    return trainer

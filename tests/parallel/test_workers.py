@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from dsv3.parallel.mesh import Mesh, ParallelConfig
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.workers import Alone
 from tests.model.tiny import TINY
 from tests.parallel.ranks import run_ranks

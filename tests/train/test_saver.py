@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from dsv3.model.fingerprint import fingerprint
 from dsv3.model.weights import load_model
-from dsv3.parallel.mesh import Mesh, ParallelConfig
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
 from dsv3.train.checkpoint import checkpoints, consolidate, latest_checkpoint, training_tensors
 from dsv3.train.trainer import Trainer
 from tests.model.tiny import TINY
