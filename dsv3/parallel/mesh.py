@@ -78,7 +78,11 @@ def join(device_type: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    # Started again by torchrun, processes must not find each other's addresses of the life before (torch 2.13 keeps the store).
+    store = dist.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def part() -> None:
