@@ -290,6 +290,11 @@ def is_readable(path: Path) -> bool:
     return path.name.lower().endswith((*LINES, ".parquet")) or path.suffix.lower() in _PROSE | _CODE
 
 
+def is_code(name: str) -> bool:
+    """Whether a path, or PYTHON_CODE, is source code by its name."""
+    return name == PYTHON_CODE or Path(name).suffix.lower() in _CODE - {".html", ".tex"}
+
+
 def open_lines(path: Path) -> AbstractContextManager[Iterable[bytes]]:
     """Lines of a .jsonl file, also .gz and .zst. A damaged one raises EOFError, gzip.BadGzipFile or zlib.error."""
     if path.suffix.lower() == ".gz":
@@ -378,7 +383,9 @@ def parquet_rows(path: Path, *, whole: bool = False) -> Iterator[tuple[str, Any]
 
 def _python_code(report: ReadReport) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in walk_files(root, ReadReport(), _NOT_CORPUS) if path.suffix == ".py"] if root.is_dir() else []
+    files = (
+        [path for path in walk_files(root, ReadReport(), _NOT_CORPUS) if path.suffix == ".py"] if root.is_dir() else []
+    )
     # The build's own settings hold paths and versions of this machine.
     files = [path for path in files if not path.name.startswith("_sysconfigdata")]
     if not files:

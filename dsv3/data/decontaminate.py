@@ -69,6 +69,12 @@ class Decontaminator:
                     return known[run]
         return None
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every run it holds."""
+        held = [self.ngram, *((length, sorted(runs)) for length, runs in sorted(self._runs.items()))]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
     def _hashed(self, text: str) -> np.ndarray:
         """(words,) uint64."""
         known = self._hashes

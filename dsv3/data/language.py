@@ -139,7 +139,7 @@ def identify(text: str) -> tuple[str, float]:
 
 
 def _by_script(text: str) -> tuple[str, float]:
-    counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
+    counts: dict[str, float] = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
     letters = sum(counts.values())
     if not letters:
         return UNKNOWN, 0.0

@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,8 @@ from dsv3.data.tokenizer import Tokenizer
 
 VERSION = 1
 INDEX = "index.json"
+_BLOCK = 1 << 24
+"""Bytes copied at once."""
 _CHUNK = 256
 """Documents a call of encode_batch: enough to keep its threads busy, little enough to hold in memory."""
 
@@ -83,12 +85,14 @@ def write_shards(
     fim_rate: float = 0.1,
     split_rate: float = 0.1,
     seed: int = 0,
+    first: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Shards:
     """Tokenise and pack every source (name -> texts) into `folder`, which must not exist yet; it appears whole or not.
 
     Args:
         weights: name -> share of the mixture in rows, of any sum.
+        first: name -> number of the source's first document here, where this is a later part of it (`join_shards`).
         fim_rate: probability that a document is rearranged to fill in the middle.
         split_rate: probability that one combined punctuation-and-newline token is split.
 
@@ -97,9 +101,63 @@ def write_shards(
             range, a tokenizer without FIM tokens at fim_rate > 0, or `folder` exists.
         OSError: writing failed, such as on a full disk; names the folder and the free bytes.
     """
-    target = Path(folder).absolute()
     packer = _Packer(tokenizer, fim_rate=fim_rate, split_rate=split_rate, seed=seed)
     _check_sources(documents, weights)
+    numbers = first or {}
+    head = {
+        "version": VERSION,
+        "dtype": packer.dtype.str,
+        "tokenizer": tokenizer.fingerprint,
+        "settings": {"fim_rate": fim_rate, "split_rate": split_rate, "seed": seed},
+    }
+
+    def write(temp: Path) -> dict[str, Any]:
+        return {
+            name: {
+                "weight": float(weights[name]),
+                **_write_source(temp, name, texts, numbers.get(name, 0), packer, progress),
+            }
+            for name, texts in documents.items()
+        }
+
+    return _write_whole(Path(folder).absolute(), head, write)
+
+
+def join_shards(parts: Sequence[str | Path], weights: Mapping[str, float], folder: str | Path) -> Shards:
+    """Shards written in parts, by several processes, end to end: what one `write_shards` of all texts in that order would
+    have written, byte for byte, if each part got the right `first`.
+
+    Args:
+        parts: folders in order, of one tokenizer and the same settings; each may lack sources.
+        weights: name -> share of the mixture; its order is that of the sources.
+
+    Raises:
+        ValueError: no parts, parts of other settings, a source without weight or a weight without source, a damaged part.
+        OSError: as `write_shards`.
+    """
+    indices = [_read_index(Path(part)) for part in parts]
+    if not indices:
+        raise ValueError("there are no parts to join: give the folders that write_shards wrote")
+    head = {key: indices[0][key] for key in ("version", "dtype", "tokenizer", "settings")}
+    for part, index in zip(parts, indices, strict=True):
+        if (other := {key: index[key] for key in head}) != head:
+            raise ValueError(
+                f"{part} was written with {other}, {parts[0]} with {head}: write the parts with one setting"
+            )
+    found = {name: () for index in indices for name in index["sources"]}
+    _check_sources(found, weights)
+
+    def write(temp: Path) -> dict[str, Any]:
+        return {
+            name: {"weight": float(weights[name]), **_join_source(temp, name, [Path(part) for part in parts], indices)}
+            for name in weights
+        }
+
+    return _write_whole(Path(folder).absolute(), head, write)
+
+
+def _write_whole(target: Path, head: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> Shards:
+    """Let `write` fill a hidden folder and tell its sources, then rename the folder to `target`."""
     if target.exists():
         raise ValueError(f"{target} exists: remove it or name another folder for the shards")
     temp = target.parent / f".{target.name}.{os.getpid()}.tmp"
@@ -108,16 +166,7 @@ def write_shards(
             if left == temp or not _runs(left.name.split(".")[-2]):  # a killed writer's
                 shutil.rmtree(left, ignore_errors=True)
         temp.mkdir(parents=True)
-        index: dict[str, Any] = {
-            "version": VERSION,
-            "dtype": packer.dtype.str,
-            "tokenizer": tokenizer.fingerprint,
-            "settings": {"fim_rate": fim_rate, "split_rate": split_rate, "seed": seed},
-            "sources": {
-                name: {"weight": float(weights[name]), **_write_source(temp, name, texts, packer, progress)}
-                for name, texts in documents.items()
-            },
-        }
+        index: dict[str, Any] = {**head, "sources": write(temp)}
         index["fingerprint"] = _fingerprint(index)
         with open(temp / INDEX, "wb") as file:
             file.write(json.dumps(index, indent=2).encode())
@@ -240,13 +289,13 @@ def _runs(pid: str) -> bool:
 
 
 def _write_source(
-    folder: Path, name: str, texts: Iterable[str], packer: _Packer, progress: Progress | None
+    folder: Path, name: str, texts: Iterable[str], first: int, packer: _Packer, progress: Progress | None
 ) -> dict[str, int | str]:
     tokens_path, offsets_path = _paths(folder, name)
     offsets, position, text_bytes, hasher = array("q"), 0, 0, hashlib.sha256()
     with open(tokens_path, "wb") as file:
         for chunk in _chunks(texts):
-            packed = packer.pack(name, len(offsets), chunk)
+            packed = packer.pack(name, first + len(offsets), chunk)
             text_bytes += sum(len(text.encode()) for text in chunk)
             for ids in packed:
                 offsets.append(position)
@@ -259,14 +308,49 @@ def _write_source(
         _sync(file)
     if not offsets:
         raise ValueError(f"source {name!r} has no documents: give it some text or leave it out of the mixture")
+    return _close_source(offsets_path, np.array(offsets, dtype="<i8"), position, text_bytes, hasher.hexdigest())
+
+
+def _join_source(
+    folder: Path, name: str, parts: Sequence[Path], indices: Sequence[Mapping[str, Any]]
+) -> dict[str, int | str]:
+    tokens_path, offsets_path = _paths(folder, name)
+    offsets, position, text_bytes, hasher = [], 0, 0, hashlib.sha256()
+    with open(tokens_path, "wb") as file:
+        for part, index in zip(parts, indices, strict=True):
+            entry = index["sources"].get(name)
+            if entry is None:
+                continue
+            part_tokens, part_offsets = _paths(part, name)
+            _check_size(part_tokens, entry["tokens"] * np.dtype(index["dtype"]).itemsize)
+            piece = hashlib.sha256()
+            with open(part_tokens, "rb") as source:
+                while data := source.read(_BLOCK):
+                    piece.update(data)
+                    hasher.update(data)
+                    file.write(data)
+            if piece.hexdigest() != entry["sha256"]:
+                raise ValueError(f"{part_tokens} is not what its index says: remove {part} and write this part again")
+            _check_hash(part_offsets, entry["offsets_sha256"])
+            offsets.append(np.load(part_offsets) + position)
+            position += entry["tokens"]
+            text_bytes += entry["bytes"]
+        _sync(file)
+    return _close_source(offsets_path, np.concatenate(offsets), position, text_bytes, hasher.hexdigest())
+
+
+def _close_source(
+    offsets_path: Path, offsets: np.ndarray, tokens: int, text_bytes: int, digest: str
+) -> dict[str, int | str]:
+    """Write the offsets; the source's entry of the index."""
     with open(offsets_path, "wb") as file:
-        np.save(file, np.array(offsets, dtype="<i8"))
+        np.save(file, offsets)
         _sync(file)
     return {
-        "tokens": position,
+        "tokens": tokens,
         "documents": len(offsets),
         "bytes": text_bytes,
-        "sha256": hasher.hexdigest(),
+        "sha256": digest,
         "offsets_sha256": _hash(offsets_path),
         "offsets_size": offsets_path.stat().st_size,
     }

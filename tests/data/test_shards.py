@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.data.shards import INDEX, open_shards, write_shards
+from dsv3.data.shards import INDEX, join_shards, open_shards, write_shards
 
 
 class FakeTokenizer:
@@ -258,3 +258,61 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_shards(folder)
     with pytest.raises(ValueError, match="holds no shards"):
         open_shards(tmp_path)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def write_parts(
+    folder: Path, texts: dict[str, list[str]], cuts: list[dict[str, int]], **settings: object
+) -> list[Path]:
+    """Shards of consecutive parts of each source, a part ending where `cuts` says; numbered on."""
+    parts, first = [], dict.fromkeys(texts, 0)
+    for number, cut in enumerate([*cuts, {name: len(listed) for name, listed in texts.items()}]):
+        part = {name: texts[name][first[name] : cut[name]] for name in texts if cut[name] > first[name]}
+        if part:
+            parts.append(folder / f"part{number}")
+            write_shards(part, dict.fromkeys(part, 1.0), TOKENIZER, parts[-1], first=first, **settings)
+        first = {name: max(first[name], cut[name]) for name in texts}
+    return parts
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.text(max_size=8), min_size=1, max_size=6),
+    st.lists(st.text(max_size=8), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=3),
+)
+def test_joined_parts_are_byte_for_byte_what_one_writer_writes(tmp_path_factory, code, prose, cuts):
+    folder = tmp_path_factory.mktemp("parts")
+    texts = {"code": code, "prose": prose}
+    limits = [{"code": min(a, len(code)), "prose": min(b, len(prose))} for a, b in cuts]
+    options = {"fim_rate": 0.5, "split_rate": 0.5, "seed": 3}
+    parts = write_parts(folder, texts, limits, **options)
+    joined = join_shards(parts, WEIGHTS, folder / "joined")
+    whole = write_shards(texts, WEIGHTS, TOKENIZER, folder / "whole", **options)
+    assert joined.fingerprint == whole.fingerprint
+    files = sorted(path.name for path in (folder / "whole").iterdir())
+    assert files == sorted(path.name for path in (folder / "joined").iterdir())
+    assert all((folder / "whole" / name).read_bytes() == (folder / "joined" / name).read_bytes() for name in files)
+
+
+def test_parts_that_do_not_fit_or_are_damaged_are_not_joined(tmp_path):
+    parts = write_parts(tmp_path, TEXTS, [{"code": 1, "prose": 1}], fim_rate=0.0)
+    (other,) = write_parts(tmp_path / "other", TEXTS, [], fim_rate=0.5)
+    with pytest.raises(ValueError, match=r"fim_rate': 0\.5.*fim_rate': 0\.0"):
+        join_shards([*parts, other], WEIGHTS, tmp_path / "joined")
+    with pytest.raises(ValueError, match="no parts to join"):
+        join_shards([], WEIGHTS, tmp_path / "joined")
+    with pytest.raises(ValueError, match="give each source a weight"):
+        join_shards(parts, {"code": 1.0}, tmp_path / "joined")
+    path = parts[1] / "prose.bin"
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"prose\.bin is not what its index says"):
+        join_shards(parts, WEIGHTS, tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+    path.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"prose\.bin has .* bytes"):
+        join_shards(parts, WEIGHTS, tmp_path / "joined")
