@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
+    "plan": ("plan", "PlanVerb", "memory, time and money of a run before it is paid for; what a deployment serves"),
     "run": ("make", "Run", "a whole life of a small model on this machine: text to chat in minutes"),
     "tokenizer": ("make", "TokenizerVerb", "train a tokenizer with V3's splitting, or fetch the official one"),
     "data": ("make", "Data", "text to packed token shards"),

@@ -26,6 +26,7 @@ from dsv3.infer.engine import Engine, Sample
 from dsv3.infer.sampling import SamplingParams
 from dsv3.model.config import ModelConfig
 from dsv3.model.weights import load_model
+from dsv3.plan.job import Job
 from dsv3.recipes import lessons
 from dsv3.recipes.corpus import Texts, build_shards, parse_sources, read_texts
 from dsv3.train.checkpoint import latest_checkpoint
@@ -96,6 +97,11 @@ def train_config(config: TinyConfig) -> TrainConfig:
         seed=config.seed,
         eval_every=40,
     )
+
+
+def job() -> Job:
+    """Its pre-training, for `dsv3 plan tiny`."""
+    return Job(name="tiny", model=MODEL, train=train_config(TinyConfig()))
 
 
 def run(

@@ -1,0 +1,252 @@
+"""Bytes that a rank of this package holds while it trains, by kind.
+
+    one process    masters 4 · N; copies that products read (bfloat16, or FP8 codes); gradients 4 · N and those of the copies
+                   while a micro-batch's backward ends; moments 8 · N, in FP8 training 4 · N
+    a mesh         masters and moments sharded: N_dense / data + N_experts / (expert · replicas); zero1 gathers the weights for
+                   a whole step and adds up float32 gradients of all of them, fsdp a layer at a time
+    activations    what the backward pass reads again, a token and layer: `kept_values`; times the micro-batches under way
+    buffers        one layer's working set, the head's block of logits, and what a gathered layer needs on top
+
+The widths are those of parallel/fsdp.py and parallel/apply.py. tests/plan builds the model on fake tensors, on 2,048 ranks that
+do not exist, and compares. Legend: D model, H heads, K experts a token, I expert width, N parameters.
+Does not: know time (step.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, fields
+
+from dsv3.model.census import is_fp8_weight, is_router_bias, memory_shapes
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.stage import STAGES_A_RANK, Part, split
+from dsv3.plan.step import Layout
+
+LOGITS_BLOCK = 1 << 21  # values that the head's loss holds at once (kernels/cross_entropy.py)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    """Masters (or this rank's shards of them), and what the products read."""
+    gradients: float
+    optimizer: float
+    """AdamW's moments."""
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Elements of a rank before sharding, by how they are held."""
+
+    experts: int = 0
+    swapped: int = 0
+    """Other matrices that FP8 training multiplies in FP8."""
+    narrow: int = 0
+    """Matrices that are multiplied in bfloat16 even then: head, eh_proj."""
+    wide: int = 0
+    """Embedding, norms, routers: float32 always."""
+
+    @property
+    def dense(self) -> int:
+        return self.swapped + self.narrow + self.wide
+
+
+def memory_of(model: ModelConfig, layout: Layout, *, seq_len: int, precision: str) -> Memory:
+    """Of the fullest rank."""
+    ranks = [
+        _rank_memory(model, layout, rank, parts, seq_len=seq_len, precision=precision)
+        for rank, parts in enumerate(ranks_of(model, layout.pipeline, layout.schedule))
+    ]
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def _rank_memory(
+    model: ModelConfig, layout: Layout, rank: int, parts: tuple[Part, ...], *, seq_len: int, precision: str
+) -> Memory:
+    counted = count(model, parts, layout.expert)
+    tokens = layout.micro_batch * seq_len
+    layers = [layer for part in parts for layer in part.layers]
+    heads = sum(1 + model.num_nextn_predict_layers for part in parts if part.last)
+    a_micro_batch = tokens * sum(layer_bytes(model, layer, precision, layout.recompute) for layer in layers)
+    a_micro_batch += (
+        heads * tokens * model.hidden_size * 2 * width(precision)
+    )  # states, and the head's gradient of them
+    return Memory(
+        **weights_and_gradients(counted, layout, precision),
+        activations=a_micro_batch * under_way(layout, rank),
+        buffers=buffer_bytes(model, counted, layout, layers, bool(heads), tokens, precision),
+    )
+
+
+@functools.cache
+def ranks_of(model: ModelConfig, pipeline: int, schedule: str) -> tuple[tuple[Part, ...], ...]:
+    """The parts of each pipeline rank. Under schedules that are not ours, as 1f1b deals them out."""
+    parts = split(model, pipeline, schedule if schedule in STAGES_A_RANK and pipeline > 1 else "1f1b")
+    return tuple(tuple(part for part in parts if part.rank == rank) for rank in range(pipeline))
+
+
+@functools.cache
+def count(model: ModelConfig, parts: tuple[Part, ...], expert: int) -> Counted:
+    """What the parts of one rank hold, with this rank's share of the experts."""
+    sums = dict.fromkeys(("experts", "swapped", "narrow", "wide"), 0)
+    for name, shape in memory_shapes(model):
+        copies = sum(part.holds(name) for part in parts)
+        if not copies or is_router_bias(name):
+            continue
+        if ".mlp.experts." in name:
+            sums["experts"] += copies * math.prod(shape) // expert
+        elif is_fp8_weight(name):
+            sums["swapped"] += copies * math.prod(shape)
+        elif name == "lm_head.weight" or name.endswith("eh_proj.weight"):
+            sums["narrow"] += copies * math.prod(shape)
+        else:
+            sums["wide"] += copies * math.prod(shape)
+    return Counted(**sums)
+
+
+# -- weights, gradients, moments -------------------------------------------------------------------------------------------
+
+
+def weights_and_gradients(counted: Counted, layout: Layout, precision: str) -> dict[str, float]:
+    moments = 4 if precision == "fp8" else 8
+    if layout.gpus == 1:
+        every = counted.dense + counted.experts
+        copies = 0 if precision == "float32" else copy_bytes(counted, precision)
+        return {
+            "weights": 4 * every + copies,
+            "gradients": 4 * every + gathered_bytes(counted, precision),
+            "optimizer": moments * every,
+        }
+    shards = counted.dense / layout.data + counted.experts / layout.replicas
+    codes = code_bytes(counted) if precision == "fp8" else 0
+    if layout.sharding == "fsdp":
+        return {"weights": 4 * shards + codes, "gradients": 4 * shards, "optimizer": moments * shards}
+    every = counted.dense + counted.experts
+    return {
+        "weights": 4 * shards + gathered_bytes(counted, precision) + codes,
+        "gradients": 4 * every + 4 * shards,
+        "optimizer": moments * shards,
+    }
+
+
+def gathered_bytes(counted: Counted, precision: str) -> float:
+    """Weights as FSDP2 gathers them, and as one process's backward leaves its gradients: in FP8 training what is cast later is
+    float32."""
+    matrices = counted.experts + counted.swapped
+    inner = 2 if precision == "bfloat16" else 4
+    outer = 4 if precision == "float32" else 2
+    return inner * matrices + outer * counted.narrow + 4 * counted.wide
+
+
+def copy_bytes(counted: Counted, precision: str) -> float:
+    """Of the compute copy of one process; embedding, norms and routers are the masters themselves."""
+    if precision == "fp8":
+        return code_bytes(counted) + 2 * counted.narrow
+    return 2 * (counted.experts + counted.swapped + counted.narrow)
+
+
+def code_bytes(counted: Counted) -> float:
+    """FP8 codes, and a float32 scale a block of 128 x 128."""
+    return (counted.experts + counted.swapped) * (1 + 4 / 128**2)
+
+
+# -- activations -----------------------------------------------------------------------------------------------------------
+
+
+def width(precision: str) -> int:
+    return 4 if precision == "float32" else 2
+
+
+def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool) -> float:
+    """What a token leaves behind in a layer until its backward pass."""
+    wide = width(precision)
+    if recompute:
+        return wide * model.hidden_size
+    if precision == "fp8":
+        return fp8_kept_bytes(model, layer)
+    return kept_values(model, layer) * wide + kept_plain_bytes(model, layer)
+
+
+def fp8_kept_bytes(model: ModelConfig, layer: int) -> float:
+    """As model/fp8.py's table has it."""
+    heads, tile = model.num_attention_heads, 1 + 4 / 128  # e4m3 and a float32 scale a tile
+    blocks_inputs = 2 * 2 * model.hidden_size
+    latents = 2 * (model.q_lora_rank or heads * model.qk_head_dim) + 2 * (model.kv_lora_rank + model.qk_rope_head_dim)
+    attention = heads * model.v_head_dim * (1.5 + 4 / 128) + 4 * heads  # e5m6 with scales; and the softmax's logarithms
+    rows = model.num_experts_per_tok if model.is_moe(layer) else 0
+    shared = model.n_shared_experts * model.moe_intermediate_size if rows else model.intermediate_size
+    gate_and_up = 2 * (rows * model.moe_intermediate_size + shared) * tile
+    return blocks_inputs + latents + attention + gate_and_up + routing_bytes(model, layer)
+
+
+def routing_bytes(model: ModelConfig, layer: int) -> float:
+    """Scores of every expert, and of those chosen: index, weight, place in expert order and back."""
+    if not model.is_moe(layer):
+        return 0.0
+    return 4 * model.n_routed_experts + model.num_experts_per_tok * (8 + 4 + 8 + 8)
+
+
+def kept_values(model: ModelConfig, layer: int) -> float:
+    """Values that autograd keeps of a layer computed in bfloat16 or float32 without recomputation."""
+    dim, heads = model.hidden_size, model.num_attention_heads
+    q, v = heads * model.qk_head_dim, heads * model.v_head_dim
+    norms = 2 * (dim + dim) + 2 * (model.q_lora_rank or 0) + 2 * model.kv_lora_rank  # each norm's input and output
+    attention = 2 * q + v + v  # queries, keys, values as they are multiplied; the result, which o reads
+    if not model.is_moe(layer):
+        return norms + attention + 3 * model.intermediate_size  # gate, up, their product
+    width = model.num_experts_per_tok * model.moe_intermediate_size
+    shared = model.n_shared_experts * model.moe_intermediate_size
+    return norms + attention + 2 * width + 3 * shared
+
+
+def kept_plain_bytes(model: ModelConfig, layer: int) -> float:
+    """What is not as wide as the stream: the softmax's logarithms, RMSNorm's and the router's float32."""
+    return 4 * model.num_attention_heads + routing_bytes(model, layer)
+
+
+def under_way(layout: Layout, rank: int) -> float:
+    """Micro-batches whose activations a rank holds at once, in units of all its layers (DualPipe's README)."""
+    ranks = layout.pipeline
+    if ranks == 1:
+        return 1.0
+    return {
+        "1f1b": float(ranks - rank),
+        "interleaved": ranks + (ranks - 1) / layout.chunks,
+        "zero-bubble": float(ranks),
+        "dualpipe": ranks + 1.0,
+        "dualpipev": ranks + 0.5,
+    }[layout.schedule]
+
+
+# -- buffers ---------------------------------------------------------------------------------------------------------------
+
+
+def buffer_bytes(
+    model: ModelConfig, counted: Counted, layout: Layout, layers: list[int], head: bool, tokens: int, precision: str
+) -> float:
+    """What comes and goes: the larger of one layer being differentiated and of the head's loss, and a layer gathered ahead."""
+    wide = width(precision)
+    layer = max((working_values(model, index) for index in layers), default=0.0) * wide * tokens
+    weight_sums = (wide + 4) * model.vocab_size * model.hidden_size + 4 * LOGITS_BLOCK if head else 0.0
+    gathered = 0.0
+    if layout.gpus > 1 and layout.sharding == "fsdp" and layers:
+        gathered = 2 * (gathered_bytes(counted, precision) + 4 * (counted.dense + counted.experts)) / len(layers)
+    return max(layer, weight_sums) + gathered
+
+
+def working_values(model: ModelConfig, layer: int) -> float:
+    """Values a token of one layer while its backward runs: all that its forward made, and their gradients."""
+    rows = model.num_experts_per_tok if model.is_moe(layer) else 0
+    return 2 * kept_values(model, layer) + 2 * rows * model.hidden_size

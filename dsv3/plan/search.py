@@ -1,0 +1,126 @@
+"""Which layouts fit, and which of them is fastest.
+
+Every divisor of the devices is tried as pipeline and as expert degree, with each schedule and sharding, with and without
+recomputation, and micro-batches of 1, 2 and 4 rows. What ParallelConfig refuses, and what the pipeline has too few micro-batches
+for, is left out; so is what does not fit the memory. Does not: try other precisions or batches; they change the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.pipeline import least_micro_batches
+from dsv3.plan.hardware import Hardware
+from dsv3.plan.memory import Memory, memory_of
+from dsv3.plan.step import Layout, StepTime, System, step_time
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes."""
+
+    layout: Layout
+    memory: Memory
+    time: StepTime
+
+
+def layout_of(parallel: ParallelConfig, gpus: int, *, micro_batch: int, recompute: bool) -> Layout:
+    return Layout(
+        gpus=gpus, pipeline=parallel.pipeline, expert=parallel.expert, sharding=parallel.sharding, schedule=parallel.schedule,
+        micro_batch=micro_batch, recompute=recompute,
+    )  # fmt: skip
+
+
+def examine(
+    model: ModelConfig, layout: Layout, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
+) -> Candidate:
+    memory = memory_of(model, layout, seq_len=seq_len, precision=precision)
+    time = step_time(model, layout, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
+    return Candidate(layout, memory, time)
+
+
+def refusal(model: ModelConfig, layout: Layout, rows: int) -> str | None:
+    """Why this package would not start it; None: it would."""
+    try:
+        parallel = ParallelConfig(
+            pipeline=layout.pipeline, expert=layout.expert, sharding=layout.sharding, schedule=layout.schedule  # type: ignore[arg-type]
+        )  # fmt: skip
+        parallel.check(model, layout.gpus)
+    except ValueError as error:
+        return str(error)
+    stages = layout.pipeline * (1 if layout.schedule == "1f1b" else 2)
+    if layout.pipeline > 1 and stages > model.num_hidden_layers + 1:
+        return f"{stages} stages are more than {model.num_hidden_layers} layers and a head"
+    each = rows / (layout.data * layout.micro_batch)
+    least = least_micro_batches(layout.pipeline, layout.schedule) if layout.pipeline > 1 else 1
+    if each < least:
+        return f"{rows} rows a step make {each:g} micro-batches a rank, and it takes {least}"
+    return None
+
+
+def candidates(
+    model: ModelConfig, gpus: int, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
+) -> tuple[list[Candidate], Candidate | None]:
+    """Those that fit, fastest first; and of those that do not, the smallest."""
+    fitting: list[Candidate] = []
+    smallest: tuple[Layout, Memory] | None = None
+    for layout in layouts(model, gpus):
+        if refusal(model, layout, rows) is not None:
+            continue
+        memory = memory_of(model, layout, seq_len=seq_len, precision=precision)
+        if memory.total > hardware.memory * hardware.usable:
+            if smallest is None or memory.total < smallest[1].total:
+                smallest = (layout, memory)
+            continue
+        time = step_time(model, layout, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
+        fitting.append(Candidate(layout, memory, time))
+    fitting.sort(key=lambda candidate: (candidate.time.seconds, candidate.memory.total))
+    if fitting or smallest is None:
+        return fitting, None
+    layout, memory = smallest
+    time = step_time(model, layout, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
+    return fitting, Candidate(layout, memory, time)
+
+
+def layouts(model: ModelConfig, gpus: int) -> Iterator[Layout]:
+    for pipeline in _divisors(gpus, model.num_hidden_layers + 1):
+        for expert in _divisors(gpus // pipeline, model.n_routed_experts):
+            for schedule in ("1f1b", "zero-bubble", "dualpipev") if pipeline > 1 else ("1f1b",):
+                for sharding in ("zero1", "fsdp") if gpus > pipeline else ("zero1",):
+                    for recompute in (False, True):
+                        for micro_batch in (1, 2, 4):
+                            yield Layout(
+                                gpus=gpus, pipeline=pipeline, expert=expert, sharding=sharding, schedule=schedule,
+                                micro_batch=micro_batch, recompute=recompute,
+                            )  # fmt: skip
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def does_not_fit(found: Candidate, hardware: Hardware, model: ModelConfig, *, seq_len: int) -> str:
+    """What is over, and what would help."""
+    room, memory = hardware.memory * hardware.usable, found.memory
+    kinds = sorted(memory.kinds().items(), key=lambda item: -item[1])
+    name, size = kinds[0]
+    cures = {
+        "activations": f"recompute, a smaller micro-batch than {found.layout.micro_batch}, shorter rows than {seq_len}, or more "
+        "pipeline ranks",
+        "weights": "more devices (expert or pipeline degree), or sharding fsdp",
+        "gradients": "more devices (expert or pipeline degree), or sharding fsdp",
+        "optimizer": "more devices, or precision fp8 (moments of 2 bytes)",
+        "buffers": f"a smaller micro-batch than {found.layout.micro_batch}, or shorter rows than {seq_len}",
+    }
+    need = -(-memory.total * found.layout.gpus // room)
+    listed = ", ".join(f"{kind} {value / GIB:.1f}" for kind, value in kinds)
+    return (
+        f"nothing fits {hardware.name}'s {room / GIB:.1f} GiB a device on {found.layout.gpus}: the smallest layout "
+        f"({found.layout.describe()}) takes {memory.total / GIB:.1f} GiB ({listed}). Most of it are {name} "
+        f"({size / GIB:.1f} GiB): take {cures[name]}; about {need:.0f} devices would hold it"
+    )

@@ -1,0 +1,104 @@
+"""The plan of the report's run against what the report says of it."""
+
+import dataclasses
+
+import pytest
+
+from dsv3.model.config import ModelConfig
+from dsv3.plan.hardware import hardware_named
+from dsv3.plan.job import job_from_file, plain_job, with_options
+from dsv3.plan.plan import make_plan
+from dsv3.recipes import mini, tiny, v3
+
+
+@pytest.fixture(scope="module")
+def report():
+    return make_plan(v3.job(), hardware_named("h800"), 2048)
+
+
+def test_the_reports_run_costs_what_the_report_says_within_ten_per_cent(report):
+    found = report.to_json()
+    assert found["gpu_hours"] == pytest.approx(2.664e6, rel=0.1)
+    assert found["gpu_hours"] / found["tokens"] * 1e12 == pytest.approx(180e3, rel=0.1)
+    assert found["gpu_hours_total"] == pytest.approx(2.788e6, rel=0.1)
+    assert found["dollars_total"] == pytest.approx(5.576e6, rel=0.1)
+    assert found["mfu"] == pytest.approx(0.3894, rel=0.1)
+
+
+def test_the_reports_layout_fits_an_80_gb_device_without_tensor_parallelism(report):
+    memory = report.to_json()["memory_bytes"]
+    kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
+    assert sum(memory[kind] for kind in kinds) == pytest.approx(memory["total"])
+    assert 40e9 < memory["total"] < memory["usable"]
+    assert report.chosen.layout.data == 128
+    assert report.chosen.layout.replicas == 2
+
+
+def test_layouts_are_ranked_and_all_of_them_fit(report):
+    seconds = [other.time.seconds for other in report.alternatives]
+    assert len(seconds) == 10
+    assert seconds == sorted(seconds)
+    assert all(other.memory.total <= report.to_json()["memory_bytes"]["usable"] for other in report.alternatives)
+    best = make_plan(v3.job(), hardware_named("h800"), 2048, search=True)
+    assert best.chosen.time.seconds <= report.chosen.time.seconds
+
+
+def test_a_price_changes_money_and_nothing_else(report):
+    dear = make_plan(v3.job(), hardware_named("h800", price=3.0), 2048)
+    assert dear.gpu_hours == report.gpu_hours
+    assert dear.to_json()["dollars"] == pytest.approx(1.5 * report.to_json()["dollars"])
+
+
+def test_what_does_not_fit_is_told_by_kind_with_what_would():
+    with pytest.raises(
+        ValueError, match=r"nothing fits h100's .* GiB a device on 1.* Most of it are .*: take .*devices would hold it"
+    ):
+        make_plan(v3.job(), hardware_named("h100"), 1)
+
+
+def test_mini_fits_one_h100_and_takes_about_a_day():
+    made = make_plan(mini.job(), hardware_named("h100"), 1)
+    assert made.why == "the recipe's"
+    assert 12 < made.hours < 36
+
+
+def test_a_config_json_and_a_toml_file_are_planned(tmp_path):
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(mini.MODEL.to_hf()))
+    (tmp_path / "run.toml").write_text(
+        'model = "config.json"\ntokens = 1e10\nbatch_size = 256\nprecision = "bfloat16"\n[parallel]\nexpert = 8\n'
+    )
+    job = job_from_file(tmp_path / "run.toml")
+    made = make_plan(job, hardware_named("h100"), 8)
+    assert made.chosen.layout.expert == 8
+    assert job.tokens == pytest.approx(1e10, rel=0.01)
+    assert job_from_file(tmp_path / "config.json", tokens=2e9).tokens == pytest.approx(2e9, rel=0.01)
+    (tmp_path / "bad.toml").write_text('model = "config.json"\nflavour = 3\n')
+    with pytest.raises(ValueError, match="flavour"):
+        job_from_file(tmp_path / "bad.toml")
+
+
+def test_options_keep_the_tokens_unless_told_otherwise():
+    job = v3.job()
+    assert with_options(job, batch_size=7680).tokens == pytest.approx(job.tokens, rel=0.01)
+    assert with_options(job, tokens=1e12).tokens == pytest.approx(1e12, rel=0.01)
+
+
+def test_more_devices_take_less_time_and_not_fewer_gpu_hours():
+    job = plain_job(
+        "k",
+        dataclasses.replace(ModelConfig(), num_nextn_predict_layers=0),
+        tokens=1e12,
+        precision="fp8",
+        batch_size=15360,
+    )
+    few, many = (make_plan(job, hardware_named("h200"), gpus) for gpus in (512, 1024))
+    assert many.hours < few.hours
+    assert many.gpu_hours > 0.9 * few.gpu_hours
+
+
+def test_tiny_is_planned_on_a_core():
+    made = make_plan(tiny.job(), hardware_named("cpu"), 1)
+    assert made.system.name == "dsv3"
+    assert made.chosen.layout.gpus == 1
