@@ -69,7 +69,7 @@ class Pretrain:
     """Pre-train from shards (made by `dsv3 data`). Resumes when the folder holds a checkpoint.
     Example: dsv3 pretrain --shards shards/ --tokenizer tok/ --model model.json --steps 2000 --out runs/mine
     model.json holds the fields of ModelConfig you want other than the tiny recipe's, as in a config.json.
-    On several processes: torchrun --nproc-per-node 4 -m dsv3.cli pretrain --parallel.expert 4 ... ; --max-restarts 3 brings
+    On several processes: torchrun --standalone --nproc-per-node 4 -m dsv3.cli pretrain --parallel.expert 4 ... ; --max-restarts 3 brings
     a run back from its last checkpoint when a process dies, and the run may go on with other degrees."""
 
     shards: Path
@@ -158,7 +158,13 @@ def _extend(verb: Pretrain) -> None:
     from dsv3.data.shards import open_shards
     from dsv3.train.extend import ExtendConfig, extend_from_shards
 
+    from dsv3.parallel.mesh import launched
+
     assert verb.extend is not None
+    if launched() > 1:
+        raise ValueError(
+            f"--extend trains in one process, and torchrun started {launched()}: start it without torchrun"
+        )
     config = ExtendConfig(
         lengths=verb.extend_lengths, steps=verb.steps, step_tokens=verb.batch_size * verb.extend_lengths[-1],
         lr=verb.extend_lr, factor=verb.extend_factor, precision=verb.precision, seed=verb.seed, save_every=verb.save_every,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from dsv3.cli.console import checkpoint_of, print_table
+from dsv3.cli.console import checkpoint_of, print_table, together
 from dsv3.model.lora import LoraConfig
+from dsv3.parallel.degrees import ParallelConfig
 from dsv3.post.distill import DistillConfig
 from dsv3.post.rl import RlConfig
 from dsv3.train.sft import SftConfig
@@ -35,6 +36,8 @@ class Sft(SftConfig):
     """Train adapters of this rank instead of the weights; 16 is usual."""
     lora_roles: tuple[str, ...] = ("attn", "shared", "routed")
     """What gets adapters: of attn, shared, routed and dense."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """On several processes: torchrun --standalone --nproc-per-node 2 -m dsv3.cli sft ... --parallel.expert 2"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +68,18 @@ class Rl:
 
 
 def sft(verb: Sft) -> None:
+    from dsv3.model.weights import config_of
     from dsv3.train.sft import run_sft
 
     fields = {f.name: getattr(verb, f.name) for f in dataclasses.fields(SftConfig)}
     fields["checkpoint"] = checkpoint_of(verb.checkpoint)
     if verb.lora_rank is not None:
         fields["lora"] = LoraConfig(rank=verb.lora_rank, roles=verb.lora_roles)
-    told = run_sft(SftConfig(**fields), say=print)
-    print(f"{told['checkpoint']}: try it with `dsv3 chat {verb.out}`")
+    with together(verb.parallel, config_of(fields["checkpoint"]), verb.device) as mesh:
+        leads = mesh is None or mesh.leads
+        told = run_sft(SftConfig(**fields), say=print if leads else lambda text: None, mesh=mesh)
+    if leads:
+        print(f"{told['checkpoint']}: try it with `dsv3 chat {verb.out}`")
 
 
 def distill(verb: Distill) -> None:

@@ -44,7 +44,7 @@ class ParallelConfig:
             fits = [e for e in _divisors(model.n_routed_experts) if world % (self.pipeline * e) == 0]
             raise ValueError(
                 f"{_counted(world)} no multiple of pipeline {self.pipeline} x expert {self.expert}: start "
-                f"{self.pipeline * self.expert} or a multiple (torchrun --nproc-per-node N -m dsv3.cli ...)"
+                f"{self.pipeline * self.expert} or a multiple (torchrun --standalone --nproc-per-node N -m dsv3.cli ...)"
                 + (f", or take expert from {fits}" if fits else f", or take pipeline from {_divisors(world)}")
             )
         fits = [e for e in _divisors(world // self.pipeline) if _spreads(model, e)]

@@ -123,8 +123,9 @@ class Pipeline:
         return self._tell(run, micro_batches), run.counts
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
-        """Final states of tokens (B, T + depth), the same on every rank: in the rank of the last stage; elsewhere None.
+    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
+        """Final states of tokens (B, T + depth) under a mask (B, T, T), in the rank of the last stage; elsewhere None. Every
+        rank gives the same tokens.
 
         One stage after the other, for measurements now and then.
         """
@@ -135,7 +136,7 @@ class Pipeline:
             if place and (before := self.parts[place - 1].rank) != self.rank:
                 x = torch.empty(shape, dtype=self.stream, device=self.device)
                 dist.recv(x, group=self.group, group_src=before)
-            out = stage.advance(x, tokens, depth=depth, stream=self.stream)
+            out = stage.advance(x, tokens, mask, depth=depth, stream=self.stream)
             if isinstance(out, Hidden):
                 return out
             x = out

@@ -244,21 +244,23 @@ class Stage(DeepseekV3):
         loss, run.records[number] = run.feed.loss(number, hidden, self.lm_head.weight)
         return loss + 0.0 * hidden.routing.balance  # the library sends a gradient of all that came in
 
-    def advance(self, x: Tensor | None, tokens: Tensor, *, depth: int, stream: torch.dtype) -> Tensor | Hidden:
+    def advance(
+        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, depth: int, stream: torch.dtype
+    ) -> Tensor | Hidden:
         """This stage's share of `DeepseekV3.hidden`, on its own: for a look, not for a step.
 
         Args:
-            x: (B, T, D) of the stage before; None in the first. tokens: (B, T + depth).
+            x: (B, T, D) of the stage before; None in the first. tokens: (B, T + depth). mask: (B, T, T).
 
         Returns:
             x for the next stage, or in the last the states.
         """
-        return self._advance(x, tokens, None, depth=depth, stream=stream, balance=False)[0]
+        return self._advance(x, tokens, mask, depth=depth, stream=stream, balance=False)[0]
 
     def _advance(
         self, x: Tensor | None, tokens: Tensor, mask: Tensor | None, *, depth: int, stream: torch.dtype, balance: bool
     ) -> tuple[Tensor | Hidden, Routing]:
-        """The same with a mask (B, T, T), and with the routing of this stage's layers."""
+        """The same, and with the routing of this stage's layers."""
         length = tokens.shape[1] - depth
         context = self._context(length, tokens.device, mask, None, balance)
         if x is None:

@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,7 @@ class Alone:
 
     def __init__(self, model: DeepseekV3, *, precision: str, recompute: bool, compile_layers: bool) -> None:
         self.model = model
+        self.device = model.lm_head.weight.device
         self.parts = [model]
         self.masters = trained(model)
         self.twin = compute_copy(model, precision)
@@ -82,8 +83,12 @@ class Alone:
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
-        return self.twin.hidden(tokens, depth=depth)
+    def turns(self, number: int) -> Iterator[tuple[int, bool]]:
+        """Which of so many batches to measure, and whether it counts: every rank of several takes as many turns."""
+        return ((turn, True) for turn in range(number))
+
+    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
+        return self.twin.hidden(tokens, depth=depth, mask=mask)
 
     @property
     def head(self) -> nn.Module:
@@ -128,7 +133,7 @@ class Together:
     """
 
     def __init__(self, model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: bool, compile_layers: bool) -> None:
-        self.mesh, self.leads = mesh, mesh.leads
+        self.mesh, self.leads, self.device = mesh, mesh.leads, mesh.device
         stages = _stages(model, mesh)
         self.parts: list[DeepseekV3] = [*stages] or [model]
         for part in self.parts:
@@ -197,10 +202,16 @@ class Together:
         dist.all_reduce(tensor)
         return tensor
 
-    def hidden(self, tokens: Tensor, *, depth: int = 0) -> Hidden | None:
+    def turns(self, number: int) -> Iterator[tuple[int, bool]]:
+        """See Alone."""
+        size, rank = self.mesh.data_size, self.mesh.data_rank
+        for first in range(0, number, size):
+            yield min(first + rank, number - 1), first + rank < number
+
+    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
         if self.pipeline is not None:
-            return self.pipeline.hidden(tokens, depth=depth)
-        return self.model.hidden(tokens, depth=depth)
+            return self.pipeline.hidden(tokens, depth=depth, mask=mask)
+        return self.model.hidden(tokens, depth=depth, mask=mask)
 
     @property
     def head(self) -> nn.Module:

@@ -34,8 +34,10 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.kernels.cross_entropy import head_cross_entropy
 from dsv3.model.fingerprint import fingerprint
 from dsv3.model.lora import LoraConfig, add_lora
-from dsv3.model.transformer import DeepseekV3, Hidden, Routing
+from dsv3.model.transformer import Hidden, Routing
 from dsv3.model.weights import config_of, load_model
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.workers import Workers
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.loss import SplitObjective, Step, document_mask, join_losses
@@ -180,27 +182,29 @@ def _mean(state: Tensor, head: Tensor, targets: Tensor, valid: Tensor, device: t
 
 
 @torch.no_grad()
-def measure(model: DeepseekV3, batches: list[PackedBatch]) -> dict[str, Any]:
+def measure(workers: Workers, batches: list[PackedBatch]) -> dict[str, Any]:
     """`heldout_loss` (nats a learnt token), `heldout_greedy` (share of them that the greedy choice equals) and `acceptance`
     (of each MTP depth, the share of its drafts that the main model's greedy choice equals) of held-out rows."""
-    device, depth = model.lm_head.weight.device, model.config.num_nextn_predict_layers
+    device, depth = workers.device, workers.model.config.num_nextn_predict_layers
     agreement, nats, right, count = Agreement(depth), 0.0, 0, 0
-    for batch in batches:
+    for index, counts in workers.turns(len(batches)):
+        batch = batches[index]
         rows, length = slice(None), batch.tokens.shape[1] - depth
         tokens, mask = SftObjective().inputs(batch, rows, depth=depth, device=device)
-        hidden = model.hidden(tokens, depth=depth, mask=mask)
+        hidden = workers.hidden(tokens, depth=depth, mask=mask)
+        if hidden is None or not counts:
+            continue
         valid = batch.valid(0, length).to(device)
         states, targets = hidden.main[valid], batch.targets[:, :length].to(device)[valid]
         for part, wanted in zip(states.split(2048), targets.split(2048)):
-            logits = model.lm_head(part).float()
+            logits = workers.head(part).float()
             nats += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
             right += int((logits.argmax(-1) == wanted).sum())
             count += len(wanted)
-        agreement.add_hidden(
-            model.lm_head, hidden, [batch.valid(k, length - k).to(device) for k in range(1, depth + 1)]
-        )
-    found = {"heldout_loss": nats / max(1, count), "heldout_greedy": right / max(1, count)}
-    return {**found, "acceptance": agreement.shares()} if depth else found
+        agreement.add_hidden(workers.head, hidden, [batch.valid(k, length - k).to(device) for k in range(1, depth + 1)])
+    sums = workers.gather(torch.tensor([nats, right, count], dtype=torch.float64, device=device)).tolist()
+    found = {"heldout_loss": sums[0] / max(1, sums[2]), "heldout_greedy": sums[1] / max(1, sums[2])}
+    return {**found, "acceptance": agreement.shares(workers.gather(agreement.counts(device)))} if depth else found
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -218,20 +222,23 @@ class SftRun:
     def measure_now_and_then(self, trainer: Trainer) -> dict[str, Any]:
         """For Trainer.run's on_eval."""
         due = trainer.step_index % self.every == 0 or trainer.step_index == trainer.config.schedule.steps
-        return measure(trainer.twin, self.held_out) if due and self.held_out else {}
+        return measure(trainer.workers, self.held_out) if due and self.held_out else {}
 
 
-def run_sft(config: SftConfig, say: Say = lambda text: None) -> dict[str, Any]:
+def run_sft(config: SftConfig, say: Say = lambda text: None, mesh: Mesh | None = None) -> dict[str, Any]:
     """Fine-tune from the start or from the run's last checkpoint. Returns held-out numbers before and after, and its checkpoint.
+
+    Args:
+        mesh: of this process among several.
 
     Raises:
         ValueError: no readable conversation, a checkpoint or tokenizer that does not fit, a run started differently.
         KeyboardInterrupt: after Ctrl-C, once the step is done and saved.
     """
-    run = build_sft(config, say)
-    before = measure(run.trainer.twin, run.held_out) if run.held_out else {}
+    run = build_sft(config, say, mesh)
+    before = measure(run.trainer.workers, run.held_out) if run.held_out else {}
     run.trainer.run(on_eval=[run.measure_now_and_then] if run.held_out else [])
-    after = measure(run.trainer.twin, run.held_out) if run.held_out else {}
+    after = measure(run.trainer.workers, run.held_out) if run.held_out else {}
     checkpoint = latest_checkpoint(config.out)
     assert checkpoint is not None
     for name in before:
@@ -239,8 +246,10 @@ def run_sft(config: SftConfig, say: Say = lambda text: None) -> dict[str, Any]:
     return {"before": before, "after": after, "checkpoint": str(checkpoint), "steps": run.trainer.step_index}
 
 
-def build_sft(config: SftConfig, say: Say = lambda text: None) -> SftRun:
+def build_sft(config: SftConfig, say: Say = lambda text: None, mesh: Mesh | None = None) -> SftRun:
     """Everything before the first step. Reads the conversations first: they fail in seconds, weights load in minutes."""
+    if mesh is not None and config.lora is not None:
+        raise ValueError("adapters are trained by one process: leave lora out, or start without torchrun")
     sources = parse_conversation_sources(config.data)
     sizes = config_of(config.checkpoint)
     tokenizer = Tokenizer.from_file(config.checkpoint)
@@ -272,14 +281,19 @@ def build_sft(config: SftConfig, say: Say = lambda text: None) -> SftRun:
     for line in (*report.lines(), *loader.summary()):
         say(line)
     say(preview(*loader.first_row(_PREVIEWED), tokenizer))
-    trainer = _trainer(config, loader, tokenizer, say)
+    trainer = _trainer(config, loader, tokenizer, say, mesh)
     return SftRun(trainer, tokenizer, held_out, config.eval_every)
 
 
-def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say: Say) -> Trainer:
+def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say: Say, mesh: Mesh | None) -> Trainer:
     first, last = config.rates
+    steps, rest = divmod(loader.total_rows, config.batch_size)
+    if rest and mesh is not None and mesh.config.pipeline > 1:
+        say(f"the last {rest} rows are left out: a pipeline's batches are whole")
+    elif rest:
+        steps += 1
     schedule = CosineConfig(
-        steps=-(-loader.total_rows // config.batch_size),
+        steps=steps,
         batch_size=config.batch_size,
         first_lr=first,
         last_lr=last,
@@ -305,7 +319,9 @@ def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say:
         **{name: getattr(config, name) for name in names},
     )
     frozen = "fp8" if config.base_fp8 else config.precision
-    model = load_model(config.checkpoint, dtype="float32" if config.lora is None else frozen, device=config.device)
+    model = load_model(
+        config.checkpoint, dtype="float32" if config.lora is None else frozen, device="cpu" if mesh else config.device
+    )
     identity = {"base": fingerprint(model)}
     say(f"{schedule.steps:,} steps of {config.batch_size} rows, learning rate {first:g} to {last:g}")
     if config.lora is not None:
@@ -321,6 +337,7 @@ def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say:
         objective=SftObjective(),
         lora=config.lora,
         identity=identity,
+        mesh=mesh,
     )
 
 

@@ -137,12 +137,11 @@ class Trainer:
             raise ValueError("the model has adapters: give their LoraConfig, or merge them first")
         self.tokenizer, self.held_out, self.lora = tokenizer, held_out, lora
         self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
-        self.device = model.lm_head.weight.device if mesh is None else mesh.device
         self.depth = model.config.num_nextn_predict_layers
         self.workers = assemble(
             model, mesh, precision=config.precision, recompute=config.recompute, compile_layers=config.compile
         )
-        self.model, self.twin = self.workers.model, self.workers.twin
+        self.model, self.twin, self.device = self.workers.model, self.workers.twin, self.workers.device
         for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
             self.workers.part(rows, config.micro_batch)  # refused now rather than at that step
         if self.workers.pipeline is not None and not isinstance(self.objective, SplitObjective):
@@ -430,12 +429,10 @@ class Trainer:
     def _held_out_states(self, depth: int) -> Iterator[tuple[Batch, Hidden]]:
         """Batches of this data rank, each with its states, in the ranks that have the head."""
         assert self.held_out is not None
-        batches, mesh = self.held_out.batches, self.workers.mesh
-        size, rank = (1, 0) if mesh is None else (mesh.data_size, mesh.data_rank)
-        for turn in range(-(-len(batches) // size)):  # as many turns on every rank: they meet in them
-            batch = batches[min(turn * size + rank, len(batches) - 1)]
+        for index, counts in self.workers.turns(len(self.held_out.batches)):
+            batch = self.held_out.batches[index]
             hidden = self.workers.hidden(batch.tokens.to(self.device), depth=depth)
-            if hidden is not None and turn * size + rank < len(batches):
+            if hidden is not None and counts:
                 yield batch, hidden
 
 

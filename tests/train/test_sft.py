@@ -12,7 +12,11 @@ from dsv3.data.packing import PackedBatch, PackingConfig, pack
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.kernels.cross_entropy import cross_entropy_reference
 from dsv3.model.lora import LoraConfig, merge_lora
+from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model, save_model
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.workers import Alone
 from dsv3.train.checkpoint import checkpoints
 from dsv3.train.loss import document_mask
 from dsv3.train.metrics import TIMING_FIELDS, read_metrics
@@ -21,6 +25,7 @@ from dsv3.train.sft import SftConfig, SftObjective, build_sft, measure, run_sft
 from dsv3.train.trainer import TrainConfig, Trainer
 from tests.data.test_conversations import made
 from tests.model.tiny import TINY, random_model
+from tests.parallel.ranks import run_ranks
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
@@ -41,6 +46,10 @@ def base(tmp_path_factory) -> Path:
     config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, rope_scaling=None)
     save_model(random_model(config).to(torch.bfloat16), folder / "model", tokenizer=tokenizer)
     return folder
+
+
+def alone(model: DeepseekV3) -> Alone:
+    return Alone(model, precision="float32", recompute=False, compile_layers=False)
 
 
 def config_for(base: Path, out: Path, **changes) -> SftConfig:
@@ -177,7 +186,7 @@ def test_a_run_lowers_the_held_out_loss_and_ends_in_a_checkpoint_that_chats(base
     assert ChatFormat.of(tokenizer).render([{"role": "user", "content": "two?"}]).ids
     assert "chat_template" in tokenizer.config
     opened = load_model(result["checkpoint"])
-    numbers = measure(opened, build_sft(config_for(base, tmp_path / "again")).held_out)
+    numbers = measure(alone(opened), build_sft(config_for(base, tmp_path / "again")).held_out)
     assert numbers["heldout_loss"] == pytest.approx(result["after"]["heldout_loss"], rel=0.05)
 
 
@@ -216,10 +225,10 @@ def test_lora_learns_and_the_last_checkpoint_is_a_plain_merged_model(base, tmp_p
         base, tmp_path, epochs=12, lora=LoraConfig(rank=4), base_fp8=base_fp8, keep_last=50, first_lr=1e-2
     )
     run = build_sft(config, said.append)
-    before = measure(run.trainer.twin, run.held_out)["heldout_loss"]
+    before = measure(run.trainer.workers, run.held_out)["heldout_loss"]
     frozen = {n: p.detach().clone() for n, p in run.trainer.model.named_parameters() if not p.requires_grad}
     run.trainer.run()
-    after = measure(run.trainer.twin, run.held_out)["heldout_loss"]
+    after = measure(run.trainer.workers, run.held_out)["heldout_loss"]
     assert after < before - 0.3
     assert all(torch.equal(frozen[n], p) for n, p in run.trainer.model.named_parameters() if not p.requires_grad)
     assert any(line.startswith("LoRA: ") and "routed" in line for line in said)
@@ -227,7 +236,7 @@ def test_lora_learns_and_the_last_checkpoint_is_a_plain_merged_model(base, tmp_p
     assert not (found[0] / "model.safetensors").exists()
     assert (found[0] / "adapter" / "adapter.safetensors").exists()
     opened = load_model(found[-1])
-    assert measure(opened, run.held_out)["heldout_loss"] == pytest.approx(after, abs=0.1)
+    assert measure(alone(opened), run.held_out)["heldout_loss"] == pytest.approx(after, abs=0.1)
     for a, b in zip(opened.parameters(), merge_lora(run.trainer.model).parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -260,3 +269,24 @@ def test_contradictions_are_refused_before_anything_is_loaded(base, tmp_path):
         build_sft(config_for(base, tmp_path, seq_len=999))
     assert config_for(base, tmp_path, first_lr=None).rates == pytest.approx((5e-6, 1e-6))
     assert config_for(base, tmp_path, first_lr=None, lora=LoraConfig()).rates == pytest.approx((1e-4, 2e-5))
+
+
+def tune(_group: object, base: Path, out: Path, degrees: dict) -> dict:
+    config = config_for(base, out, precision="float32")
+    return run_sft(config, mesh=Mesh(ParallelConfig(**degrees), TINY))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("degrees", [{"expert": 2}, {"pipeline": 2}], ids=str)
+def test_processes_fine_tune_as_one_does(base, tmp_path, degrees):
+    told = run_sft(config_for(base, tmp_path / "one", precision="float32"))
+    for result in run_ranks(tune, 2, tmp_path / "ranks", base, tmp_path / "two", degrees):
+        assert result["before"]["heldout_loss"] == pytest.approx(told["before"]["heldout_loss"], rel=1e-5)
+        assert result["before"]["acceptance"] == told["before"]["acceptance"]
+        assert result["after"]["heldout_loss"] == pytest.approx(told["after"]["heldout_loss"], rel=2e-2)
+        assert result["steps"] == told["steps"]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert two[0]["expert_counts"] == one[0]["expert_counts"]  # without the padding, whoever counts
+    assert [r["loss"] for r in two[:2]] == pytest.approx([r["loss"] for r in one[:2]], rel=1e-4)
+    load_model(two_model := checkpoints(tmp_path / "two")[-1])
+    assert (two_model / "tokenizer.json").exists()
