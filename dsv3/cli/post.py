@@ -65,6 +65,9 @@ class Rl:
     "answer"} or {"prompt", "tests"}; repeat for a mixture."""
     config: tyro.conf.OmitArgPrefixes[RlConfig]
     device: str = "cpu"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """On several processes, each of which answers its share of the questions: torchrun --standalone --nproc-per-node 2 -m dsv3.cli
+    rl ...; a pipeline does not go."""
 
 
 def sft(verb: Sft) -> None:
@@ -97,7 +100,7 @@ def rl(verb: Rl) -> None:
     from dsv3.data.chat import with_template
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.evals.sandbox import Sandbox
-    from dsv3.model.weights import load_model
+    from dsv3.model.weights import config_of, load_model
     from dsv3.post.rl import run_rl
     from dsv3.post.tasks import parse_tasks
 
@@ -109,11 +112,18 @@ def rl(verb: Rl) -> None:
     files = any(spec.partition("@")[0].endswith(".jsonl") for spec in verb.task)
     sandbox = Sandbox(workers=2) if files else None  # a file's problems may be code
     try:
-        model = load_model(checkpoint, dtype="float32", device=verb.device)
-        told = run_rl(model, tokenizer, tasks, verb.config, verb.out, sandbox=sandbox, say=print)
+        with together(verb.parallel, config_of(checkpoint), verb.device) as mesh:
+            leads = mesh is None or mesh.leads
+            model = load_model(checkpoint, dtype="float32", device="cpu" if mesh else verb.device)
+            told = run_rl(
+                model, tokenizer, tasks, verb.config, verb.out, sandbox=sandbox, mesh=mesh,
+                say=print if leads else lambda text: None,
+            )  # fmt: skip
     finally:
         if sandbox is not None:
             sandbox.close()
+    if not leads:
+        return
     before, after = told["before"], told["after"]
     rows = [(name, f"{_shown(before[name])} -> {_shown(after[name])}") for name in before if name in after]
     print_table(f"rl in {verb.out}", [*rows, ("rollouts", told["view"]), ("checkpoint", told["checkpoint"])])

@@ -7,6 +7,7 @@
     total      sums of counts and losses over the data ranks
     refresh    the optimizer has moved the masters: what forwards read follows
     hidden     states to measure, in the ranks that have the head; `gather` adds up what these found
+    policy     the whole model to generate with, `publish`ed when the masters have moved; `share` and `everyone` divide the work
 
 `Alone` is one process with a compute copy (apply.py). `Together` is a mesh of them: experts spread (expert.py), the rest sharded
 (fsdp.py), layers dealt out to a pipeline's ranks (pipeline.py). Does not: know objectives, loaders or optimizers.
@@ -14,13 +15,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dsv3.model.fp8 import fp8_modules
 from dsv3.model.transformer import DeepseekV3, Hidden
@@ -95,6 +98,22 @@ class Alone:
         """Of the states that `hidden` gave; it follows at once."""
         return self.twin.lm_head
 
+    @property
+    def policy(self) -> DeepseekV3:
+        """A plain model for an engine, as wide as products are."""
+        return self.twin
+
+    def publish(self) -> None:
+        """Bring `policy` up to the masters; it shares their memory here."""
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """This process's part of some work."""
+        return list(items)
+
+    def everyone(self, mine: Any) -> list[Any]:
+        """What all processes made of their parts."""
+        return [mine]
+
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """Of (L, E) counts of all routers, those of each part's."""
         return [(self.model, counts)]
@@ -133,7 +152,7 @@ class Together:
     """
 
     def __init__(self, model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: bool, compile_layers: bool) -> None:
-        self.mesh, self.leads, self.device = mesh, mesh.leads, mesh.device
+        self.mesh, self.leads, self.device, self.precision = mesh, mesh.leads, mesh.device, precision
         stages = _stages(model, mesh)
         self.parts: list[DeepseekV3] = [*stages] or [model]
         for part in self.parts:
@@ -217,6 +236,37 @@ class Together:
     def head(self) -> nn.Module:
         """See Alone; None where the last stage is not."""
         return self.parts[-1].lm_head
+
+    @cached_property
+    def policy(self) -> DeepseekV3:
+        """See Alone: whole on every rank, float32 and its copy. Not of a pipeline."""
+        assert self.pipeline is None
+        with torch.device("meta"):
+            whole = DeepseekV3(self.model.config)
+        self._published = whole.to_empty(device=self.device)
+        self.publish()
+        return compute_copy(self._published, self.precision)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """See Alone; every rank gathers the masters."""
+        whole = self._published.state_dict()
+        self.settle()
+        for name, tensor in self.model.state_dict().items():
+            view = self.view(name, tensor)
+            whole[name].copy_(view.full_tensor() if isinstance(view, DTensor) else view)
+        if "policy" in self.__dict__:
+            refresh_copy(self.policy, self._published)
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """See Alone."""
+        return list(items[self.mesh.rank :: self.mesh.world])
+
+    def everyone(self, mine: Any) -> list[Any]:
+        """See Alone; in the order of ranks."""
+        told: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(told, mine)
+        return told
 
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """See Alone."""

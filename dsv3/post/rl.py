@@ -29,6 +29,7 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.evals.sandbox import Sandbox
 from dsv3.infer.engine import Engine
 from dsv3.model.transformer import DeepseekV3
+from dsv3.parallel.mesh import Mesh
 from dsv3.post.batch import RolloutBatch
 from dsv3.post.grpo import GrpoConfig, GrpoObjective, advantages
 from dsv3.post.replay import Gate, GateConfig
@@ -172,10 +173,12 @@ class Rounds:
         config = self.config
         self.trainer, self.tokenizer, self.objective = trainer, tokenizer, objective
         self.format = ChatFormat.of(tokenizer)
-        self.engine = Engine(trainer.twin, tokenizer, cache_gb=config.cache_gb, max_running=config.max_running)
+        self.engine = Engine(
+            trainer.workers.policy, tokenizer, cache_gb=config.cache_gb, max_running=config.max_running
+        )
         self.reference: DeepseekV3 | None = None
         if config.grpo.kl > 0:
-            self.reference = copy.deepcopy(trainer.twin).requires_grad_(False)
+            self.reference = copy.deepcopy(trainer.workers.policy).requires_grad_(False)
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -236,8 +239,8 @@ class Rounds:
     def _roll(self) -> list[Answer]:
         """Sample, reward, compare, keep: the answers of a round that are trained on, in order."""
         config, tally, before = self.config, Tally(), self.rewarder.counts.copy()
-        self._renew_reference()
         self._ready()
+        self._renew_reference()
         good: list[list[Answer]] = []  # groups with signal
         flat: list[list[Answer]] = []  # groups that all have one reward
         lost: list[list[Answer]] = []  # groups of which too little could be judged
@@ -266,7 +269,8 @@ class Rounds:
             add_reference(used, self.reference, vocabulary=self.tokenizer.vocab_size, micro_batch=config.micro_batch)
         random.Random(f"{config.seed}/{self._round}").shuffle(used)
         rest = [a for group in good + flat + lost for a in group if not a.used]
-        write_rollouts(round_path(self.folder, self._round), used + rest)
+        if self.trainer.workers.leads:
+            write_rollouts(round_path(self.folder, self._round), used + rest)
         self.told = round_metrics(good, flat, lost, counts, tally, end=config.max_tokens)
         self.told["verdict"] = verdict(self.told)
         self._rewards.append(self.told["reward"])
@@ -278,21 +282,29 @@ class Rounds:
         problems = [self.task.problem(self._drawn + i) for i in range(count)]
         prompts = self._prompts(problems, self._drawn, tally)
         self._drawn += count
-        groups = sample(
-            self.engine,
-            prompts,
-            group=config.group,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            decode=self.tokenizer.decode,
-            temperature=config.temperature,
-            tally=tally,
+        return self._answered(
+            prompts, self.rewarder, tally, group=config.group, seed=config.seed, temperature=config.temperature
         )
-        pairs = [(prompt.problem, answer) for prompt, group in zip(prompts, groups) for answer in group]
-        scores = self.rewarder.score_all([(problem, a.text, a.finish == "stop") for problem, a in pairs])
+
+    def _answered(self, prompts: list[Prompt], rewarder: Rewarder, tally: Tally, **sampling: Any) -> list[list[Answer]]:
+        """Groups of answers to the prompts, judged; each process answers its share of them, and all know all."""
+        workers, mine, before = self.trainer.workers, Tally(), rewarder.counts.copy()
+        share = workers.share(prompts)
+        groups = sample(
+            self.engine, share, max_tokens=self.config.max_tokens, decode=self.tokenizer.decode, tally=mine, **sampling
+        )  # fmt: skip
+        pairs = [(prompt.problem, answer) for prompt, group in zip(share, groups) for answer in group]
+        scores = rewarder.score_all([(problem, a.text, a.finish == "stop") for problem, a in pairs])
         for (_, answer), score in zip(pairs, scores):
             answer.reward, answer.parts, answer.note = score.total, score.parts, score.note
-        return groups
+        numbered = [(prompt.number, group) for prompt, group in zip(share, groups)]
+        everyone, rewarder.counts = workers.everyone((numbered, mine, rewarder.counts - before)), before
+        found: dict[int, list[Answer]] = {}
+        for theirs, told, counts in everyone:
+            found |= dict(theirs)
+            tally.add(told)
+            rewarder.counts.update(counts)
+        return [found[prompt.number] for prompt in prompts]
 
     def _prompts(self, problems: list[Problem], first: int, tally: Tally) -> list[Prompt]:
         """Rendered; those too long to be answered are left out and tallied."""
@@ -309,6 +321,7 @@ class Rounds:
     def _ready(self) -> None:
         """The routers choose for themselves, and no page of old weights is found."""
         self.objective.release()
+        self.trainer.workers.publish()
         self.engine.forget()
 
     def _renew_reference(self) -> None:
@@ -316,11 +329,12 @@ class Rounds:
         if every is None or not self._round or self._round % every or self._round == self._reference_round:
             return
         assert self.reference is not None
-        self.reference.load_state_dict(self.trainer.twin.state_dict())
-        path = self._reference_path(self._round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.reference.state_dict(), path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        self.reference.load_state_dict(self.trainer.workers.policy.state_dict())
+        if self.trainer.workers.leads:
+            path = self._reference_path(self._round)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.reference.state_dict(), path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
         self._reference_round = self._round
 
     def _reference_path(self, number: int) -> Path:
@@ -333,19 +347,15 @@ class Rounds:
         self._ready()
         rewarder, tally = Rewarder(self.config.rewards, self.rewarder.sandbox), Tally()
         prompts = self._prompts(self.problems, 0, tally)
-        groups = sample(
-            self.engine, prompts, group=1, max_tokens=self.config.max_tokens, seed=0, decode=self.tokenizer.decode,
-            temperature=0.0, tally=tally,
-        )  # fmt: skip
-        answers = [(p.problem, a.text, a.finish == "stop") for p, group in zip(prompts, groups) for a in group]
-        scores = [score for score in rewarder.score_all(answers) if score.total is not None]
-        if not scores:
+        groups = self._answered(prompts, rewarder, tally, group=1, seed=0, temperature=0.0)
+        judged = [answer for group in groups for answer in group if answer.reward is not None]
+        if not judged:
             raise ValueError(
                 f"none of {len(prompts)} held-out answers could be judged: {rewarder.last_fault or 'gold'}"
             )
         return {
-            "heldout_accuracy": sum(score.right for score in scores) / len(scores),
-            "heldout_problems": len(scores),
+            "heldout_accuracy": sum(answer.parts["accuracy"] == 1.0 for answer in judged) / len(judged),
+            "heldout_problems": len(judged),
             "heldout_acceptance": tally.acceptance(),
         }
 
@@ -387,12 +397,14 @@ def build_rl(
     folder: Path,
     *,
     sandbox: Sandbox | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Trainer, Rounds]:
     """A trainer of the model's float32 masters and the rounds that feed it.
 
     Args:
         tasks: one, or several by weight. Some of their prompts are held out (post/tasks.py).
         sandbox: for problems that are code.
+        mesh: of this process among several. Each then answers its share of a round's questions, with a whole copy of the model.
 
     Raises:
         ValueError: the longest answer does not fit the model's context.
@@ -406,7 +418,7 @@ def build_rl(
     rounds = Rounds(train, held_out, Rewarder(config.rewards, sandbox), config, folder)
     gate = Gate(config.gate, config.precision)
     objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay)
-    trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective)
+    trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective, mesh=mesh)
     trainer.identity["rl"] = {**config.identity(), "task": train.name}
     rounds.open(trainer, tokenizer, objective)
     return trainer, rounds
@@ -420,6 +432,7 @@ def run_rl(
     folder: Path,
     *,
     sandbox: Sandbox | None = None,
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint of the folder when there is one; held-out accuracy before and after.
@@ -428,18 +441,22 @@ def run_rl(
         GateError, AlarmError, NonFiniteError: see there; the last checkpoint is good.
     """
     folder = Path(folder)
-    trainer, rounds = build_rl(model, tokenizer, tasks, config, folder, sandbox=sandbox)
+    trainer, rounds = build_rl(model, tokenizer, tasks, config, folder, sandbox=sandbox, mesh=mesh)
     start = folder / "start.json"
+    leads = trainer.workers.leads
     if latest_checkpoint(folder) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(start, json.dumps(rounds.evaluate()).encode())
+        found = rounds.evaluate()
+        if leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(start, json.dumps(found).encode())
+        trainer.workers.barrier()
     before = json.loads(start.read_text(encoding="utf-8"))
     say(f"held-out accuracy before: {before['heldout_accuracy']:.1%} of {before['heldout_problems']} questions")
     try:
         trainer.run(on_eval=[lambda trainer: rounds.after_step(trainer, say)])
     finally:
         rounds.objective.release()
-        view = write_view(folder, decode=tokenizer.decode)
+        view = write_view(folder, decode=tokenizer.decode) if leads else None
     after = rounds.evaluate()
     say(f"held-out accuracy after: {after['heldout_accuracy']:.1%} of {after['heldout_problems']} questions")
     checkpoint = latest_checkpoint(folder)

@@ -86,6 +86,15 @@ class Tally:
     last_fault: str = ""
     too_long: int = 0
 
+    def add(self, other: Tally) -> None:
+        """What another engine did."""
+        for mine, theirs in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
+            mine.extend([0] * (len(theirs) - len(mine)))
+            for place, count in enumerate(theirs):
+                mine[place] += count
+        self.failed, self.too_long = self.failed + other.failed, self.too_long + other.too_long
+        self.last_fault = other.last_fault or self.last_fault
+
     def acceptance(self) -> list[float]:
         return [a / d for a, d in zip(self.accepted, self.drafted) if d]
 

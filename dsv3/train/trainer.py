@@ -142,12 +142,12 @@ class Trainer:
             model, mesh, precision=config.precision, recompute=config.recompute, compile_layers=config.compile
         )
         self.model, self.twin, self.device = self.workers.model, self.workers.twin, self.workers.device
-        for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
-            self.workers.part(rows, config.micro_batch)  # refused now rather than at that step
         if self.workers.pipeline is not None and not isinstance(self.objective, SplitObjective):
             raise ValueError(
                 f"{type(self.objective).__name__} does not run in a pipeline's stages: take pipeline 1, and expert or fsdp"
             )
+        for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
+            self.workers.part(rows, config.micro_batch)  # refused now rather than at that step
         self.optimizer = build_optimizer(
             self.workers.masters,
             weight_decay=config.weight_decay,

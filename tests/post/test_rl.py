@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
 from dsv3.post.replay import GateConfig, GateError
 from dsv3.post.rewards import Monitor, MonitorConfig, RewardConfig
 from dsv3.post.rl import AlarmError, RlConfig, build_rl, run_rl
@@ -14,6 +16,7 @@ from dsv3.post.tasks import Problem
 from dsv3.post.verdict import round_metrics, verdict
 from dsv3.train.checkpoint import checkpoints
 from dsv3.train.metrics import TIMING_FIELDS, read_metrics
+from tests.parallel.ranks import run_ranks
 from tests.post.small import TOKENIZER, Letters, policy, rl, rl_config
 
 
@@ -299,3 +302,37 @@ def test_an_answer_longer_than_the_model_is_refused(tmp_path):
 
 def test_a_config_is_json(tmp_path):
     assert json.loads(json.dumps(RlConfig(steps=1).identity()))["group"] == 16
+
+
+def on_ranks(_group, folder, degrees):
+    torch.manual_seed(0)
+    mesh = Mesh(ParallelConfig(**degrees), policy().config)
+    return run_rl(policy(), TOKENIZER, Letters(), rl_config(reference_every=2), folder, mesh=mesh)
+
+
+@pytest.mark.dist
+def test_processes_answer_and_train_as_one_does(tmp_path):
+    told = run(tmp_path / "one", reference_every=2)
+    for result in run_ranks(on_ranks, 2, tmp_path / "ranks", tmp_path / "two", {"expert": 2, "sharding": "fsdp"}):
+        assert result["before"] == told["before"]
+    names = [path.name for path in sorted((tmp_path / "one" / "rollouts").iterdir())]
+    assert [path.name for path in sorted((tmp_path / "two" / "rollouts").iterdir())] == names
+    first, second = (read_rollouts(tmp_path / folder / "rollouts" / names[0]) for folder in ("one", "two"))
+    for a, b in zip(first, second, strict=True):  # of the first round the very answers, in the order of training
+        assert (a.tokens, a.logprobs, a.reward, a.advantage, a.used) == (
+            b.tokens,
+            b.logprobs,
+            b.reward,
+            b.advantage,
+            b.used,
+        )
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two)
+    for name in ("loss", "reward", "length", "entropy"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6)
+    # The policy that answers is the one that is trained.
+    assert max(record["logprob_gap_max"] for record in two) <= 1e-5
+    assert max(record["route_mismatch"] for record in two) == 0
+    assert (tmp_path / "two" / "rollouts.html").exists()
+    with pytest.raises(Exception, match="GrpoObjective does not run in a pipeline's stages"):
+        run_ranks(on_ranks, 2, tmp_path / "refused", tmp_path / "three", {"pipeline": 2})
