@@ -14,7 +14,7 @@ VERBS = {
     "plan": ("plan", "PlanVerb", "memory, time and money of a run before it is paid for; what a deployment serves"),
     "run": ("make", "Run", "a whole life of a small model on this machine: text to chat in minutes"),
     "tokenizer": ("make", "TokenizerVerb", "train a tokenizer with V3's splitting, or fetch the official one"),
-    "data": ("make", "Data", "text to packed token shards"),
+    "data": ("data", "Data", "text to packed token shards; --config for a corpus at scale, on Slurm or Ray too"),
     "pretrain": ("make", "Pretrain", "pre-train from shards; --extend makes the context longer by YaRN"),
     "sft": ("post", "Sft", "fine-tune a checkpoint on conversations, whole or by LoRA"),
     "distill": ("post", "Distill", "answers of a teacher, verified and filtered, as a set for sft"),

@@ -1,4 +1,4 @@
-"""Verbs that make things: `run` a recipe, `tokenizer`, `data`, `pretrain`."""
+"""Verbs that make things: `run` a recipe, `tokenizer`, `pretrain`."""
 
 from __future__ import annotations
 
@@ -46,22 +46,6 @@ class TokenizerVerb:
     vocab_size: int = 4096
     official: bool = False
     """Write DeepSeek-V3's own (needs: pip install 'dsv3[tokenizer]') instead of training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Turn text into packed token shards: read folders, .txt, .md, source code, .jsonl(.gz,.zst), .parquet; drop exact
-    duplicates; hold 2% out; fill-in-the-middle at rate 0.1.
-    Example: dsv3 data --data code=0.6:src/ --data maths=0.4:gsm8k.jsonl --tokenizer tok/ --out shards/"""
-
-    out: Path
-    """Folder for train/ and held_out/."""
-    tokenizer: str
-    """A folder with tokenizer.json, or `official`."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """PATH or NAME=WEIGHT:PATH[,PATH]; repeat for a mixture. None: the Python standard library."""
-    fim_rate: float = 0.1
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,24 +117,6 @@ def tokenizer(verb: TokenizerVerb) -> None:
         tokenizer = Tokenizer.train(corpus, verb.vocab_size, progress=sys.stderr.isatty())
     tokenizer.save(verb.out)
     print(f"{tokenizer.vocab_size:,} tokens in {verb.out}, fingerprint {tokenizer.fingerprint[:12]}")
-
-
-def data(verb: Data) -> None:
-    from dsv3.data.corpus import standard_library
-    from dsv3.recipes.corpus import build_shards, parse_sources, read_texts
-
-    texts = read_texts(parse_sources(verb.data) or standard_library())
-    print("\n".join(texts.report.lines()))
-    tokenizer = open_tokenizer(verb.tokenizer)
-    with document_bars(texts) as progress:
-        train, held_out = build_shards(
-            texts, tokenizer, verb.out, fim_rate=verb.fim_rate, seed=verb.seed, progress=progress
-        )
-    rows = [
-        (s.name, f"{len(s.tokens):,} tokens, {len(s.offsets):,} documents, weight {s.weight:g}") for s in train.sources
-    ]
-    rows.append(("held out", f"{held_out.total_tokens:,} tokens" if held_out else "none"))
-    print_table(f"shards in {verb.out}, fingerprint {train.fingerprint[:12]}", rows)
 
 
 def _extend(verb: Pretrain) -> None:

@@ -92,17 +92,12 @@ def _run(stage: Stage, logs: Path, machines: Machines, say: Callable[[str], None
 
 
 def submit(stages: Sequence[Stage], work: Path, machines: Machines, say: Callable[[str], None]) -> None:
-    """Hand all stages to Slurm, each waiting for the one before.
-
-    Raises:
-        ValueError: jobs of this build are still in the queue.
-    """
+    """Hand all stages to Slurm, each waiting for the one before; unless jobs of this build are still in its queue."""
     known = work / "slurm.json"
     before = json.loads(known.read_text(encoding="utf-8")) if known.exists() else []
     if before and (waiting := _queued(before)):
-        raise ValueError(
-            f"jobs {', '.join(waiting)} of this build are still in Slurm's queue: wait for them (squeue), or scancel them"
-        )
+        say(f"jobs {', '.join(waiting)} are still in Slurm's queue: wait for them (squeue), or scancel them")
+        return
     executors: list[Any] = []
     with _quiet():
         for stage in stages:
@@ -150,11 +145,12 @@ def _executor(stage: Stage, logs: Path, machines: Machines, depends: Any = None)
     workers = min(machines.workers, stage.tasks)
     if machines.executor == "local":
         return _Local(**shared, workers=workers)
-    each = 1 if stage.name != "pairs" else math.ceil(stage.tasks / workers)  # small tasks share a process
     if machines.executor == "ray":
-        return _Ray(**shared, workers=workers, mem_per_cpu_gb=machines.memory_gb, tasks_per_job=each)
+        # One task a job: of several, datatrove's process pool may be ended while its last processes start, and then waits
+        # for ever (Ray's handler of SIGTERM raises an exception, which is lost in a process that is not running yet).
+        return _Ray(**shared, workers=workers, mem_per_cpu_gb=machines.memory_gb, tasks_per_job=1)
     return SlurmPipelineExecutor(
-        **shared, workers=workers, tasks_per_job=each, time=machines.time, partition=machines.partition, qos="",
+        **shared, workers=workers, time=machines.time, partition=machines.partition, qos="",
         mem_per_cpu_gb=math.ceil(machines.memory_gb), job_name=f"dsv3-{stage.name}", env_command=machines.activate,
         depends=depends,
     )  # fmt: skip

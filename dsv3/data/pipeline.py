@@ -2,7 +2,7 @@
 
     stage      tasks    what a document meets                                                          leaves in OUT/work
     clean      plan     read, recall (code, maths), language, quality, decontaminate, scrub, sign      clean/, minhash/, dropped/
-    pairs      14       documents whose signatures agree in one of 14 bands of 8 hashes                minhash/pairs
+    pairs      plan     (at most 14) documents whose signatures agree in one of 14 bands of 8 hashes   minhash/pairs
     clusters   1        all but one document of each cluster of near-duplicates are to go              minhash/remove
     split      plan     near-duplicates go; train or held_out; part of the mixture                     text/SIDE/PART
     pack       plan     tokens, FIM, split tokens                                                      pieces/SIDE/TASK
@@ -53,8 +53,7 @@ from dsv3.data.shards import join_shards, open_shards
 from dsv3.data.steps import Slice
 
 REPORT = "report.json"
-STAGES = {"clean": None, "pairs": 14, "clusters": 1, "split": None, "pack": None, "finish": 1}
-"""Tasks of each; None: as many as the plan has."""
+STAGES = ("clean", "pairs", "clusters", "split", "pack", "finish")
 _MINHASH = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # no package to install, where xxhash is one
 _SAMPLE = 2000
 """Documents of the input that a classifier's training sees as the corpus."""
@@ -85,7 +84,7 @@ class BuildConfig:
     fim_rate: float = 0.1
     split_rate: float = 0.1
     seed: int = 0
-    task_mb: float = 256
+    task_mb: float = 256.0
     """Input of a task, about."""
 
     def __post_init__(self) -> None:
@@ -147,9 +146,14 @@ def progress(out: str | Path) -> list[tuple[str, int, int]]:
         return []
     tasks = len(json.loads((work / "plan.json").read_text(encoding="utf-8"))["tasks"])
     return [
-        (name, len(list((work / "logs" / name / "completions").glob("*"))), tasks if of is None else of)
-        for name, of in STAGES.items()
+        (name, len(list((work / "logs" / name / "completions").glob("*"))), of) for name, of in _tasks(tasks).items()
     ]
+
+
+def _tasks(plan: int) -> dict[str, int]:
+    """Tasks of each stage; `plan`: of the plan."""
+    few = {"pairs": min(plan, _MINHASH.num_buckets), "clusters": 1, "finish": 1}
+    return {name: few.get(name, plan) for name in STAGES}
 
 
 # -- before the first task ---------------------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ def _stages(config: BuildConfig, out: Path, tasks: int) -> list[Stage]:
         steps.writer(work / "clean"),
         MinhashDedupSignature(str(minhash / "signatures"), config=_MINHASH, language=WORDS),
     ]
-    pairs = MinhashDedupBuckets(str(minhash / "signatures"), str(minhash / "pairs"), config=_MINHASH)
+    pairs = _Pairs(str(minhash / "signatures"), str(minhash / "pairs"), config=_MINHASH)
     clusters = _Clusters(str(minhash / "pairs"), str(minhash / "remove"), config=_MINHASH, save_cluster_id=True)
     split: list[PipelineStep] = [
         steps.Part(work / "clean"),
@@ -284,14 +288,24 @@ def _stages(config: BuildConfig, out: Path, tasks: int) -> list[Stage]:
         work / "text", work / "logs" / "split" / "stats", work / "pieces", config.tokenizer,
         fim_rate=config.fim_rate, split_rate=config.split_rate, seed=config.seed,
     )  # fmt: skip
-    return [
-        Stage("clean", tasks, clean),
-        Stage("pairs", _MINHASH.num_buckets, [pairs]),
-        Stage("clusters", 1, [clusters]),
-        Stage("split", tasks, split),
-        Stage("pack", tasks, [pack]),
-        Stage("finish", 1, [Finish(out, {source.name: source.weight for source in config.sources})]),
-    ]
+    finish = Finish(out, {source.name: source.weight for source in config.sources})
+    each: dict[str, list[PipelineStep]] = {
+        "clean": clean,
+        "pairs": [pairs],
+        "clusters": [clusters],
+        "split": split,
+        "pack": [pack],
+        "finish": [finish],
+    }
+    return [Stage(name, number, each[name]) for name, number in _tasks(tasks).items()]
+
+
+class _Pairs(MinhashDedupBuckets):
+    """Any number of tasks, each with some of the bands."""
+
+    def run(self, data: steps.Documents = None, rank: int = 0, world_size: int = 1) -> None:
+        for bucket in range(rank, self.config.num_buckets, world_size):
+            super().run(data, bucket, self.config.num_buckets)
 
 
 class _Clusters(MinhashDedupCluster):

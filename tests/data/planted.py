@@ -40,7 +40,7 @@ class Planted:
     lines: int
 
 
-def plant(folder: Path, *, task_mb: float = 0.05) -> Planted:
+def plant(folder: Path, *, task_mb: float = 0.08) -> Planted:
     """Write the corpus, the evaluation set and a tokenizer."""
     pool = [_first(text, 5000) for name, text in sorted(topics.items()) if len(text) > 600]
     inner, texts = pool[:4], pool[4:50]
