@@ -72,7 +72,7 @@ _PATTERNS: tuple[tuple[str, str, re.Pattern[str], Callable[[str], bool]], ...] =
     (IBAN, "digits", re.compile(r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
     (IDENTITY, "digits", re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"), _always),
     (PHONE, "digits", re.compile(
-        r"(?<![\w+])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}(?![\d%])"), _always),
+        r"(?<![\w+])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}(?![\d%]|\.\d)"), _always),
     (PHONE, "digits", re.compile(r"(?<![\w-])(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])"), _always),
     (PHONE, "digits", re.compile(
         r"(?:(?<=电话)|(?<=手机)|(?<=热线)|(?<=[:：])|(?<=tel)|(?<=phone))\s{0,2}1[3-9]\d{9}(?!\d)", re.IGNORECASE), _always),

@@ -45,6 +45,7 @@ def test_what_may_be_somebodys_own_is_replaced_and_counted(text, clean, kind):
         "pages 100-200, 300-400",
         "a +2 -3 +4 list",
         "0x4111111111111111",
+        "Decimal('+35236450.6')",
         "version 1.2.3.4",
         "十三个字",
         "ASK-learn",
