@@ -3,7 +3,8 @@
 One optimizer step is `Trainer.step`, and pre-training, fine-tuning and reinforcement learning all take it, each with its
 Objective (loss.py) and its loader. Everything else keeps it company: schedules, metrics, held-out loss, checkpoints, Ctrl-C.
 A step is a pure function of the checkpointed state, so a run killed anywhere and resumed repeats it bit for bit.
-A loss or gradient that is not finite stops the run before the optimizer has seen it.
+A loss or gradient that is not finite never reaches the optimizer: pre-training goes back to its last checkpoint and leaves those
+rows out (spikes.py), where there is none, and in other stages, the run stops.
 Source: V3 report sections 3.3 (float32 masters and gradient accumulation) and 4.2.
 Of several processes (parallel/workers.py) each reads the same batch and takes its rows; one writes.
 Does not: build models or data (see pretrain.py).
@@ -12,6 +13,7 @@ Does not: build models or data (see pretrain.py).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +42,10 @@ from dsv3.train.loss import Losses, Objective, Portions, PretrainObjective, RowL
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
 from dsv3.train.optim import Schedule, build_optimizer, non_finite, update_router_bias
 from dsv3.train.saver import Saver
+from dsv3.train.spikes import Skipping, Spike, SpikeGuard
+from dsv3.train.watchdog import Watchdog
+
+_LOG = logging.getLogger(__name__)  # of processes but the first
 
 
 class NonFiniteError(ValueError):
@@ -132,11 +138,15 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        self.model, self.loader, self.config, self.folder = model, loader, config, Path(folder)
+        self.model, self.config, self.folder = model, config, Path(folder)
         if has_lora(model) and lora is None:
             raise ValueError("the model has adapters: give their LoraConfig, or merge them first")
         self.tokenizer, self.held_out, self.lora = tokenizer, held_out, lora
         self.objective = objective or PretrainObjective(mask_documents=config.mask_documents)
+        # Elsewhere a loss is no level to compare with: conversations differ, rewards move it.
+        guarded = isinstance(self.objective, PretrainObjective)
+        self.guard = SpikeGuard(self.folder) if guarded else None
+        self.loader = Skipping(loader, self.folder) if guarded else loader
         self.depth = model.config.num_nextn_predict_layers
         self.workers = assemble(
             model, mesh, precision=config.precision, recompute=config.recompute, compile_layers=config.compile
@@ -327,16 +337,26 @@ class Trainer:
         schedule, leads = self.config.schedule, self.workers.leads
         end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
         share = self._peak_share() if leads else lambda tokens_per_s: 0.0
+        if self.guard is not None:
+            self.guard.recall(self.step_index)
         with ExitStack() as stack:
             interrupted = stack.enter_context(_interruptible())
             stack.callback(self.saver.wait)
             log = stack.enter_context(MetricsLog(self.folder, resume_step=self.step_index)) if leads else None
             console = stack.enter_context(Console(schedule.steps, start_step=self.step_index)) if leads else None
-            say = console.log if console is not None else _nothing
+            say = console.log if console is not None else _LOG.debug
+            forwards = [self.twin] if self.workers.mesh is None else self.workers.parts
+            watch = stack.enter_context(Watchdog(self.folder, forwards, say if leads else _LOG.warning))
             if resumed is not None:
                 say(f"resumed from {resumed.name}")
             while self.step_index < end:
-                record = self.step()
+                with watch.step(self.step_index + 1):
+                    record, spike = self._guarded_step()
+                if spike is not None and self._went_back(spike, say):
+                    if log is not None:
+                        log.close()
+                        log = stack.enter_context(MetricsLog(self.folder, resume_step=self.step_index))
+                    continue
                 record["peak_share"] = share(record["tokens_per_s"])
                 if self.held_out is not None and (
                     self.step_index % self.config.eval_every == 0 or self.step_index == end
@@ -356,6 +376,35 @@ class Trainer:
                 if stop:
                     say(f"stopped at step {self.step_index}; the same command resumes")
                     raise KeyboardInterrupt
+
+    def _guarded_step(self) -> tuple[dict[str, Any], Spike | None]:
+        """The step's record, empty if it broke, and whether to go back."""
+        if self.guard is None:
+            return self.step(), None
+        try:
+            record = self.step()
+        except NonFiniteError as error:
+            return {}, self.guard.broken(self.step_index + 1, error)
+        return record, self.guard.see(record)
+
+    def _went_back(self, spike: Spike, say: Callable[[str], None]) -> bool:
+        """Restore the checkpoint before the spike, if there is one, with the rows since left out.
+
+        Raises:
+            NonFiniteError, SpikeError: there is no way back, or it was gone too often.
+        """
+        assert self.guard is not None
+        assert isinstance(self.loader, Skipping)
+        self.saver.wait()
+        back = self.guard.undo(spike, self.loader.rows, self.workers)
+        if back is None:
+            if len(spike.losses) == self.guard.config.patience:
+                say(f"warning, step {spike.step}: {spike.why}; there is no checkpoint before it to go back to")
+            return False
+        self.loader.reload()
+        self.restore(back.checkpoint)
+        say(str(back))
+        return True
 
     def _peak_share(self) -> Callable[[float], float]:
         """Tokens a second -> share of the machine's matmul rate, of all processes together."""
@@ -450,10 +499,6 @@ def _add(whole: Step | None, part: Step, share: float) -> Step:
 def _scaled(losses: Losses, share: float) -> Losses:
     mtp = tuple(loss * share for loss in losses.mtp)
     return Losses(losses.total.detach() * share, losses.main * share, mtp, losses.balance * share)
-
-
-def _nothing(text: str) -> None:
-    """What processes but the first say."""
 
 
 def _jsonable(value: Any) -> Any:

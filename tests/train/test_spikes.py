@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
+from dsv3.train.loss import PretrainObjective
 from dsv3.train.metrics import MetricsLog, read_metrics
 from dsv3.train.spikes import SKIPPED, Skip, Skipping, SpikeConfig, SpikeError, SpikeGuard, read_skips
-from dsv3.train.trainer import NonFiniteError
-from tests.parallel.small import small_trainer
+from dsv3.train.trainer import NonFiniteError, Trainer
+from tests.model.tiny import TINY
+from tests.parallel.ranks import run_ranks
+from tests.parallel.small import MadeUp, small_trainer
 
 QUICK = SpikeConfig(window=8, least=4, factor=6, patience=2, margin=1, most=2)
 
@@ -257,21 +263,70 @@ def test_a_real_run_resumes_bit_for_bit_behind_a_skip(tmp_path):
     """Skip, two steps, checkpoint; another trainer goes on from there: the same weights as without the stop."""
     (tmp_path / SKIPPED).write_text('[{"from": 2, "to": 4}]')
 
-    def made():
-        run = small_trainer(tmp_path)
-        run.loader = Skipping(run.loader, tmp_path)
-        return run
-
-    first = made()
+    first = small_trainer(tmp_path)
     for _ in range(3):
         first.step()
-    assert first.loader.rows == 5  # this loader counts batches: two trained on, two skipped, one more
+    assert first.loader.state_dict()["rows"] == 5  # this loader counts batches: two trained on, two skipped, one more
     saved = first.save()
     losses = [first.step()["loss"] for _ in range(2)]
-    second = made()
+    second = small_trainer(tmp_path)
     second.restore(saved)
     assert json.loads((saved / "training.json").read_text())["loader"]["skipped"] == [[2, 4]]
     assert [second.step()["loss"] for _ in range(2)] == losses
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert Skip(2, 4) == read_skips(tmp_path)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisoned(PretrainObjective):
+    """A batch whose loss is not a number."""
+
+    marks: tuple[int, ...] = ()
+
+    def losses(self, hidden, head, batch, rows, **weights):
+        step = super().losses(hidden, head, batch, rows, **weights)
+        bad = batch.tokens[0, :4].tolist() == list(self.marks)
+        return step._replace(losses=step.losses._replace(total=step.losses.total * math.nan)) if bad else step
+
+
+def poisoned(folder: Path, mesh: Mesh | None = None) -> Trainer:
+    """The fifth batch breaks."""
+    rows = MadeUp(TINY)
+    marks = tuple([rows.next_batch(8).tokens[0, :4].tolist() for _ in range(5)][-1])
+    run = small_trainer(folder, mesh, schedule={"steps": 8}, save_every=2, keep_last=9)
+    run.objective = Poisoned(marks=marks)
+    return run
+
+
+def run_poisoned(_group: Any, folder: Path) -> float:
+    run = poisoned(folder, Mesh(ParallelConfig(expert=2), TINY))
+    run.run()
+    return float(run.workers.masters[0].full_tensor().double().sum())
+
+
+def test_a_batch_that_breaks_the_loss_costs_itself_and_is_on_record(tmp_path):
+    poisoned(tmp_path / "met").run()
+    (skip,) = read_skips(tmp_path / "met")
+    assert (skip.begin, skip.end, skip.step, skip.to_step) == (4, 5, 5, 4)  # this loader counts batches
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / SKIPPED).write_text('[{"from": 4, "to": 5}]')
+    poisoned(tmp_path / "told").run()
+    met, told = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("met", "told"))
+    assert [record["step"] for record in met] == list(range(1, 9))
+    assert [record["loss"] for record in met] == [record["loss"] for record in told]
+
+
+@pytest.mark.dist
+def test_processes_go_back_together(tmp_path):
+    results = run_ranks(run_poisoned, 2, tmp_path / "ranks", tmp_path / "run")
+    assert results[0] == results[1]
+    assert [(skip.begin, skip.end) for skip in read_skips(tmp_path / "run")] == [(4, 5)]
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_the_first_batches_break_with_nothing_to_go_back_to(tmp_path):
+    run = poisoned(tmp_path)
+    run.loader.load_state_dict({"rows": 4})
+    with pytest.raises(NonFiniteError, match="nothing was updated"):
+        run.run()
