@@ -30,7 +30,7 @@ class Inspect:
 class Convert:
     """Write a checkpoint anew: FP8 to bfloat16 or back, other shards, experts fused as transformers 5 holds them, GGUF for
     llama.cpp or from it. Works on any machine with a shard of memory; cut off, the same command goes on. FP8 that stays FP8 is
-    copied bit for bit. Examples: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16
+    copied bit for bit. What several processes trained, kept in their shards, becomes a model here too. Examples: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16
     dsv3 convert runs/tiny tiny.gguf --dtype q8_0"""
 
     source: tyro.conf.Positional[Path]
@@ -92,9 +92,11 @@ def inspect(verb: Inspect) -> None:
 
 
 def convert(verb: Convert) -> None:
+    from dsv3.data.tokenizer import Tokenizer
     from dsv3.model.convert import convert, to_gguf
     from dsv3.model.shards import Form
     from dsv3.model.weights import config_of, dtype_named
+    from dsv3.train.checkpoint import consolidate, in_shards_alone
 
     if not 0 < verb.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb is {verb.shard_gb}: give a positive number of gigabytes")
@@ -112,6 +114,16 @@ def convert(verb: Convert) -> None:
         raise ValueError(f"--dtype q8_0 is GGUF's: give a target that ends in .gguf instead of {verb.target}")
     form = Form(None if verb.dtype == "keep" else dtype_named(verb.dtype), verb.fused)
     size = max(1, int(verb.shard_gb * 10**9))
+    if in_shards_alone(source):
+        if verb.fused:
+            raise ValueError(f"{source} is in the shards of a training: write it without --fused, and convert that")
+        with bytes_bar("consolidating") as progress:
+            consolidate(
+                source, verb.target, dtype=form.dtype or "bfloat16", shard_bytes=size, overwrite=verb.overwrite,
+                tokenizer=Tokenizer.from_file(source), progress=progress,
+            )  # fmt: skip
+        print(f"{verb.target}: look at it with `dsv3 inspect {verb.target}`")
+        return
     with bytes_bar("converting") as progress:
         convert(source, verb.target, form, shard_bytes=size, overwrite=verb.overwrite, progress=progress)
     print(f"{verb.target}: look at it with `dsv3 inspect {verb.target}`")

@@ -334,7 +334,10 @@ def plan_load(folder: Path, config: ModelConfig, verify: bool) -> tuple[dict[str
     """Headers and the pieces to read, once all that can be known without the data is known to be right."""
     headers = read_headers(folder) if folder.is_dir() else {}
     if not headers:
-        raise ValueError(f"{folder} holds no safetensors weights: give a checkpoint folder")
+        cure = "give a checkpoint folder"
+        if (folder / "training").is_dir():  # of several processes; see train/checkpoint.py
+            cure = f"several processes trained it and left it in shards, make it whole: dsv3 convert {folder} whole/"
+        raise ValueError(f"{folder} holds no safetensors weights: {cure}")
     if verify:
         _verify_files(folder, headers)
     if not config.num_nextn_predict_layers and ModelConfig.from_hf(folder).num_nextn_predict_layers:

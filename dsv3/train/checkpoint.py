@@ -65,6 +65,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
+def in_shards_alone(checkpoint: Path) -> bool:
+    """Whether several processes wrote it, and its model is in no files of its own: see `consolidate`."""
+    return (checkpoint / TENSORS).is_dir() and not any(checkpoint.glob("*.safetensors"))
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """training.json of a checkpoint.
 

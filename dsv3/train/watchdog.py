@@ -96,6 +96,7 @@ class Watchdog:
             # A connection of its own: the main thread may be waiting in the other one.
             own = distributed_c10d._get_default_store().clone()  # type: ignore[missing-attribute]  # it has
             self._store = dist.PrefixStore(f"watchdog/{self.folder.name}", own)
+            self._store.set(f"who/{self.rank}", _who())
         self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []
         for part in parts:
@@ -176,7 +177,7 @@ class Watchdog:
         if self._store is None:
             if overdue:
                 self._answered = count
-                self._tell(self._step, {self.rank: self._write()})
+                self._tell(self._step, {self.rank: self._write()}, {})
             return
         if overdue:
             self._store.set("alarm", str(count))
@@ -192,12 +193,16 @@ class Watchdog:
             return
         there = [rank for rank in range(self.world) if store.check([f"{alarm}/{rank}"])]
         places = {rank: json.loads(store.get(f"{alarm}/{rank}")) for rank in there}
-        self._tell(max(place["step"] for place in places.values()), places)
+        if store.add(f"{alarm}/told", 1) > 1:
+            return  # this rank was stopped itself, and hears of it late
+        silent = [rank for rank in range(self.world) if rank not in places and store.check([f"who/{rank}"])]
+        who = {rank: store.get(f"who/{rank}").decode() for rank in silent}
+        self._tell(max(place["step"] for place in places.values()), places, who)
 
-    def _tell(self, step: int, places: Mapping[int, Place]) -> None:
+    def _tell(self, step: int, places: Mapping[int, Place], who: Mapping[int, str]) -> None:
         usual = f"usually {statistics.median(self._times):.1f} s" if self._times else "no earlier one to compare with"
         took = max(place["seconds"] for place in places.values())
-        text = f"step {step} hangs, {took:.0f} s by now ({usual}): {verdict(places, self.world)}"
+        text = f"step {step} hangs, {took:.0f} s by now ({usual}): {verdict(places, self.world, who)}"
         write_atomic(self.folder / "hang.txt", (text + "\n").encode())
         self._spoke = True
         self._say(f"{text}; stacks in {self.folder}/hang-rank*.txt")
@@ -221,8 +226,7 @@ class Watchdog:
         begun, mark = self._begun, self._mark_now
         pending, counts = _collectives()
         return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            "who": _who(),
             "step": self._step,
             "inside": begun is not None,
             "seconds": 0.0 if begun is None else time.monotonic() - begun,
@@ -271,6 +275,10 @@ def _collectives() -> tuple[list[dict[str, Any]], dict[str, int]]:
     return pending[:8], counts
 
 
+def _who() -> str:
+    return f"{socket.gethostname()}, pid {os.getpid()}"
+
+
 # -- judgement -------------------------------------------------------------------------------------------------------------
 
 
@@ -292,16 +300,22 @@ def absent(places: Mapping[int, Place], world: int) -> list[int]:
     ]
 
 
-def verdict(places: Mapping[int, Place], world: int) -> str:
-    """One sentence: who is not there and where it is instead, and where the others wait. `places`: rank -> what it posted."""
+def verdict(places: Mapping[int, Place], world: int, who: Mapping[int, str]) -> str:
+    """One sentence: who is not there and where it is instead, and where the others wait.
+
+    Args:
+        places: rank -> what it posted. who: machine and process of ranks that posted nothing, as far as known.
+    """
     missing, said = absent(places, world), []
     for rank in missing[:8]:
         if rank not in places:
-            said.append(f"rank {rank} gives no sign (gone, stopped, or in C code: py-spy dump --native tells there)")
+            said.append(
+                f"rank {rank} ({who.get(rank, 'unknown')}) gives no sign: gone, stopped, or in C code (py-spy dump tells)"
+            )
             continue
         place = places[rank]
         verb = "is not there" if world > 1 else "is stuck"
-        said.append(f"rank {rank} ({place['host']}, pid {place['pid']}) {verb}: it is {_where(place)}")
+        said.append(f"rank {rank} ({place['who']}) {verb}: it is {_where(place)}")
     if len(missing) > 8:
         said.append(f"and {len(missing) - 8} more ranks are not there")
     waiting = defaultdict(list)

@@ -92,6 +92,8 @@ def test_several_processes_leave_a_model_that_anyone_opens(tmp_path):
     run_ranks(finish, 2, tmp_path / "ranks", str(tmp_path / "run"))
     first, last = checkpoints(tmp_path / "run")
     assert not list(first.glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"left it in shards, make it whole: dsv3 convert .*step-00000001 whole/"):
+        load_model(first)
     consolidate(first, tmp_path / "first")
     for folder in (last, tmp_path / "first"):
         model = load_model(folder, dtype="float32")

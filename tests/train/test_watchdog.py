@@ -1,5 +1,8 @@
 """A rank that sleeps in a layer is named with that layer, and the collective the other waits in; healthy steps say nothing."""
 
+import os
+import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ QUICK = WatchConfig(factor=3, least_s=1.0, most_s=3.0, poll_s=0.1)
 
 def place(**changes: Any) -> dict[str, Any]:
     return {
-        "host": "n0", "pid": 7, "step": 4, "inside": True, "seconds": 99.0, "layer": "model.layers.2", "pass": "forward",
+        "who": "n0, pid 7", "step": 4, "inside": True, "seconds": 99.0, "layer": "model.layers.2", "pass": "forward",
         "module": "model.layers.2.mlp", "at": "expert.py:1 in _exchange", "in_collective": "wait", "cuda": False,
         "pending": [{"name": "gloo:all_to_all", "group": "3", "p2p": False, "number": 12}], "counts": {"3": 12, "0": 5},
     } | changes  # fmt: skip
@@ -43,14 +46,14 @@ def test_the_deadline_follows_earlier_steps_between_its_bounds():
 def test_the_one_that_waits_for_no_one_is_not_there():
     places = {0: place(), 1: place(**AWAY), 2: place()}
     assert absent(places, 3) == [1]
-    text = verdict(places, 3)
+    text = verdict(places, 3, {})
     assert "rank 1 (n0, pid 7) is not there: it is in model.layers.2.self_attn (forward)" in text
     assert "ranks 0, 2 wait in model.layers.2.mlp (forward), in gloo:all_to_all number 12 of group 3" in text
 
 
 def test_a_rank_without_a_sign_is_named():
     assert absent({0: place(), 2: place()}, 3) == [1]
-    assert "rank 1 gives no sign" in verdict({0: place(), 2: place()}, 3)
+    assert "rank 1 (n1, pid 9) gives no sign" in verdict({0: place(), 2: place()}, 3, {1: "n1, pid 9"})
 
 
 def test_of_ranks_that_all_wait_the_one_behind_is_named():
@@ -60,7 +63,7 @@ def test_of_ranks_that_all_wait_the_one_behind_is_named():
     places = {0: place(counts={"3": 12, "0": 4}), 1: other, 2: place(counts={"3": 12, "0": 5})}
     assert absent(places, 3) == [0, 1]  # each is behind in the other's group: they disagree
     assert absent({0: place(), 1: other}, 2) == [1]
-    assert "the network" in verdict({0: place(), 1: place()}, 2)
+    assert "the network" in verdict({0: place(), 1: place()}, 2, {})
 
 
 def test_on_a_gpu_a_collective_under_way_counts_though_the_thread_ran_ahead():
@@ -70,7 +73,7 @@ def test_on_a_gpu_a_collective_under_way_counts_though_the_thread_ran_ahead():
 
 def test_many_ranks_are_told_in_few_words():
     places = {rank: place() for rank in range(2048)} | {7: place(**AWAY)}
-    text = verdict(places, 2048)
+    text = verdict(places, 2048, {})
     assert "rank 7 (n0" in text
     assert "and 2039 more wait" in text
     assert len(text) < 500
@@ -110,6 +113,29 @@ def test_one_process_alone_names_its_layer_once_and_goes_on(tmp_path):
     assert "test_watchdog.py" in stacks
     assert "time.sleep" in stacks
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.layers[:1])  # marks are gone
+
+
+def stop(_group: Any, folder: str) -> list[str]:
+    """Rank 0 is stopped in step 5, and let go on; what this rank's watchdog said."""
+    said = []
+    with Watchdog(Path(folder), [], said.append, QUICK) as watch:
+        for step in range(1, 7):
+            with watch.step(step):
+                if dist.get_rank() == 0 and step == 5:
+                    subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                dist.all_reduce(torch.ones(1))
+        time.sleep(1)  # rank 0 hears of the alarm only now
+    return said
+
+
+@pytest.mark.dist
+def test_a_process_that_is_stopped_is_named_and_says_nothing_itself(tmp_path):
+    silent, spoke = run_ranks(stop, 2, tmp_path / "ranks", str(tmp_path / "run"))
+    assert not any("step 5 hangs" in text for text in silent)
+    (told,) = [text for text in spoke if "step 5 hangs" in text]
+    assert ") gives no sign" in told.split("rank 0 (")[1]
+    assert "rank 1 waits in gloo:all_reduce" in told
 
 
 def hang(_group: Any, folder: str) -> list[str]:
