@@ -108,8 +108,9 @@ class StepTime(NamedTuple):
 def step_time(
     model: ModelConfig, layout: Layout, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
 ) -> StepTime:
-    """Of a step over `rows` rows of `seq_len` tokens. Of DualPipeV the report's system runs its elder, DualPipe."""
-    if system.overlap and layout.schedule == "dualpipev":
+    """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules of two stages a rank the report's system
+    runs its own, DualPipe."""
+    if system.overlap and layout.schedule in ("dualpipev", "zero-bubble"):
         layout = dataclasses.replace(layout, schedule="dualpipe")
     tokens = layout.micro_batch * seq_len
     setting = Setting(
@@ -138,7 +139,7 @@ def pair_seconds(cost: Cost, hardware: Hardware, system: System, layout: Layout)
     compute, wire = cost.total
     if not wire:
         return compute, 0.0
-    if not system.overlap or layout.schedule not in ("dualpipe", "dualpipev"):
+    if not system.overlap or layout.schedule != "dualpipe":
         return compute, wire
     shared = compute / (1 - hardware.copy_share)  # the network's kernels hold some processors
     return shared, max(0.0, wire - shared)

@@ -36,7 +36,7 @@ MODEL = ModelConfig(
     rope_scaling=None,
     pad_token_id=2,
 )
-SEQ_LEN, ROWS, TOKENS = 4096, 256, 10e9
+SEQ_LEN, ROWS, TOKENS = 4096, 256, 7.5e9
 STEPS = steps_for(TOKENS, seq_len=SEQ_LEN, batch_size=ROWS)
 TRAIN = TrainConfig(
     schedule=ScheduleConfig(steps=STEPS, peak_lr=6e-4, warmup_steps=min(500, STEPS - 1), batch_size=ROWS),

@@ -7,10 +7,14 @@
     fine-tuning    1.5M conversations, twice; their length is not published, 4,096 tokens are assumed   (5.1)
     layout         pipeline 16 x expert 64 over 8 nodes, ZeRO-1 over 128 data ranks, no tensor parallelism (3.2)
 
-The schedule counts steps and the report tokens: the shares below are those of the step at which so many tokens are read.
+The schedule counts steps and the report tokens: the shares below are those of the step at which so many tokens are read. How fine
+the report's ramp was is not published; here every data rank gets equally many rows. Its first steps have 24 micro-batches a
+rank, and DualPipeV on 16 ranks takes no fewer than 32: so the pipeline is the other one of two stages a rank, ZB-V.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
@@ -31,7 +35,18 @@ def share(tokens: float) -> float:
     return (RAMP_STEPS + (tokens - RAMP_TOKENS) / (SEQ_LEN * ROWS)) / STEPS
 
 
-SCHEDULE = ScheduleConfig(
+@dataclass(frozen=True, kw_only=True)
+class EvenRamp(ScheduleConfig):
+    """ScheduleConfig whose batches divide over the data ranks."""
+
+    data_ranks: int
+
+    def rows(self, step: int) -> int:
+        return (super().rows(step) + self.data_ranks // 2) // self.data_ranks * self.data_ranks
+
+
+SCHEDULE = EvenRamp(
+    data_ranks=128,
     steps=STEPS,
     peak_lr=2.2e-4,
     warmup_steps=2000,
@@ -45,7 +60,7 @@ SCHEDULE = ScheduleConfig(
     mtp_weight=0.3,
 )
 TRAIN = TrainConfig(schedule=SCHEDULE, seq_len=SEQ_LEN, micro_batch=1, precision="fp8", save_every=200)
-PARALLEL = ParallelConfig(pipeline=16, expert=64, sharding="zero1", schedule="dualpipev")
+PARALLEL = ParallelConfig(pipeline=16, expert=64, sharding="zero1", schedule="zero-bubble")
 PHASES = (
     Phase(name="extension to 32K", tokens=1000 * 1920 * 32768, seq_len=32768, rows=1920),
     Phase(name="extension to 128K", tokens=1000 * 480 * 131072, seq_len=131072, rows=480),
