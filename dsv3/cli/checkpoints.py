@@ -30,7 +30,8 @@ class Inspect:
 class Convert:
     """Write a checkpoint anew: FP8 to bfloat16 or back, other shards, experts fused as transformers 5 holds them, GGUF for
     llama.cpp or from it. Works on any machine with a shard of memory; cut off, the same command goes on. FP8 that stays FP8 is
-    copied bit for bit. What several processes trained, kept in their shards, becomes a model here too. Examples: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16
+    copied bit for bit. What several processes trained, kept in their shards, becomes a model here too.
+    Examples: dsv3 convert DeepSeek-V3-0324/ v3-bf16/ --dtype bfloat16
     dsv3 convert runs/tiny tiny.gguf --dtype q8_0"""
 
     source: tyro.conf.Positional[Path]

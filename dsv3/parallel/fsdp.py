@@ -13,6 +13,8 @@ Does not: know pipelines (their stages are sharded alike, one by one) or optimiz
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -29,6 +31,8 @@ def shard(model: DeepseekV3, mesh: Mesh, precision: str) -> None:
         model: the whole, or a pipeline's stage of it.
         precision: "float32", "bfloat16" or "fp8", as for `compute_copy`.
     """
+    # Norms return views of their outputs, which matters where these are written in place: nothing here does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     again = mesh.config.sharding == "fsdp"
     wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -156,8 +156,9 @@ class Trainer:
             raise ValueError(
                 f"{type(self.objective).__name__} does not run in a pipeline's stages: take pipeline 1, and expert or fsdp"
             )
-        for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
-            self.workers.part(rows, config.micro_batch)  # refused now rather than at that step
+        if self.workers.pipeline is not None:  # refused now rather than at that step
+            for rows in sorted({config.schedule.rows(step) for step in range(config.schedule.steps)}):
+                self.workers.part(rows, config.micro_batch)
         self.optimizer = build_optimizer(
             self.workers.masters,
             weight_decay=config.weight_decay,
