@@ -36,9 +36,7 @@ def tuned(tmp_path_factory) -> Path:
         for a, b in SUMS
     ]
     chats = lines(folder / "chats.jsonl", [{"messages": talk} for talk in talks * 30])
-    problems = lines(
-        folder / "problems.jsonl", [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in SUMS]
-    )
+    lines(folder / "problems.jsonl", [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in SUMS])
     main([
         "sft", str(folder / "model"), "--data", chats, "--out", str(folder / "sft"), "--seq-len", "64", "--batch-size", "4",
         "--micro-batch", "4", "--first-lr", "2e-2", "--epochs", "8", "--held-out", "0", "--precision", "float32",
@@ -61,7 +59,8 @@ def test_sft_learns_and_says_what_is_next(tuned, tmp_path, capsys):
 def test_distill_keeps_right_answers_and_asks_nothing_twice(tuned, capsys):
     command = [
         "distill", "--checkpoint", str(tuned / "sft"), "--prompts", str(tuned / "problems.jsonl"), "--out",
-        str(tuned / "distilled"), "--thoughts", "drop", "--sampling.temperature", "0", "--sampling.max-tokens", "8", "--no-originals",
+        str(tuned / "distilled"), "--thoughts", "drop", "--sampling.temperature", "0", "--sampling.max-tokens", "8",
+        "--no-originals",
     ]  # fmt: skip
     main(command)
     out = Path(capsys.readouterr().out.strip().splitlines()[-1])
