@@ -176,7 +176,7 @@ def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool)
         return wide * model.hidden_size
     if precision == "fp8":
         return fp8_kept_bytes(model, layer)
-    return kept_values(model, layer) * wide + kept_plain_bytes(model, layer)
+    return kept_values(model, layer, plain=precision == "float32") * wide + kept_besides(model, layer, precision)
 
 
 def fp8_kept_bytes(model: ModelConfig, layer: int) -> float:
@@ -198,22 +198,29 @@ def routing_bytes(model: ModelConfig, layer: int) -> float:
     return 4 * model.n_routed_experts + model.num_experts_per_tok * (8 + 4 + 8 + 8)
 
 
-def kept_values(model: ModelConfig, layer: int) -> float:
-    """Values that autograd keeps of a layer computed in bfloat16 or float32 without recomputation."""
-    dim, heads = model.hidden_size, model.num_attention_heads
+def kept_values(model: ModelConfig, layer: int, *, plain: bool) -> float:
+    """Values that autograd keeps of a layer without recomputation, each of the stream's width.
+
+    Args:
+        plain: torch's own operations (float32): a norm keeps its normalised input too, SwiGLU the gate's sigmoid side, attention
+            pads values to the queries' width, experts keep their gathered rows. Else kernels of this package, which do not.
+    """
+    dim, heads, rank = model.hidden_size, model.num_attention_heads, model.kv_lora_rank + model.qk_rope_head_dim
     q, v = heads * model.qk_head_dim, heads * model.v_head_dim
-    norms = 2 * (dim + dim) + 2 * (model.q_lora_rank or 0) + 2 * model.kv_lora_rank  # each norm's input and output
-    attention = 2 * q + v + v  # queries, keys, values as they are multiplied; the result, which o reads
+    of_a_norm, of_swiglu = (3, 4) if plain else (2, 3)  # input and output; gate, up and their product
+    norms = of_a_norm * (2 * dim + (model.q_lora_rank or 0)) + 2 * rank + (model.kv_lora_rank if plain else 0)
+    attention = 4 * q + v if plain else 2 * q + heads * (model.qk_nope_head_dim + model.v_head_dim) + v
     if not model.is_moe(layer):
-        return norms + attention + 3 * model.intermediate_size  # gate, up, their product
-    width = model.num_experts_per_tok * model.moe_intermediate_size
-    shared = model.n_shared_experts * model.moe_intermediate_size
-    return norms + attention + 2 * width + 3 * shared
+        return norms + attention + of_swiglu * model.intermediate_size
+    rows, width = model.num_experts_per_tok, model.moe_intermediate_size
+    experts = rows * (5 * width + dim) if plain else rows * 2 * width
+    return norms + attention + experts + of_swiglu * model.n_shared_experts * width
 
 
-def kept_plain_bytes(model: ModelConfig, layer: int) -> float:
-    """What is not as wide as the stream: the softmax's logarithms, RMSNorm's and the router's float32."""
-    return 4 * model.num_attention_heads + routing_bytes(model, layer)
+def kept_besides(model: ModelConfig, layer: int, precision: str) -> float:
+    """Bytes of other widths: the softmax's logarithms, and what the router reads and makes, in float32."""
+    router_input = 4 * model.hidden_size if model.is_moe(layer) and precision != "float32" else 0
+    return 4 * model.num_attention_heads + router_input + routing_bytes(model, layer)
 
 
 def under_way(layout: Layout, rank: int) -> float:
@@ -238,7 +245,8 @@ def buffer_bytes(
 ) -> float:
     """What comes and goes: the larger of one layer being differentiated and of the head's loss, and a layer gathered ahead."""
     wide = width(precision)
-    layer = max((working_values(model, index) for index in layers), default=0.0) * wide * tokens
+    plain = precision == "float32"
+    layer = max((working_values(model, index, plain) for index in layers), default=0.0) * wide * tokens
     weight_sums = (wide + 4) * model.vocab_size * model.hidden_size + 4 * LOGITS_BLOCK if head else 0.0
     gathered = 0.0
     if layout.gpus > 1 and layout.sharding == "fsdp" and layers:
@@ -246,7 +254,7 @@ def buffer_bytes(
     return max(layer, weight_sums) + gathered
 
 
-def working_values(model: ModelConfig, layer: int) -> float:
+def working_values(model: ModelConfig, layer: int, plain: bool) -> float:
     """Values a token of one layer while its backward runs: all that its forward made, and their gradients."""
     rows = model.num_experts_per_tok if model.is_moe(layer) else 0
-    return 2 * kept_values(model, layer) + 2 * rows * model.hidden_size
+    return 2 * kept_values(model, layer, plain=plain) + 2 * rows * model.hidden_size

@@ -235,7 +235,9 @@ def head_cost(model: ModelConfig, setting: Setting, hardware: Hardware) -> Cost:
     precision = "float32" if setting.precision == "float32" else "bfloat16"
     flops = 2.0 * model.hidden_size * model.vocab_size
     one = hardware.product_seconds(flops, model.hidden_size, precision)
-    softmax = model.vocab_size * 3 * 4 / hardware.bandwidth
+    softmax = (
+        model.vocab_size * 6 * 4 / hardware.bandwidth
+    )  # float32: written, largest, sum, and turned into its gradient
     return Cost(Pass(one + softmax, 0.0), Pass(one, 0.0), Pass(one, 0.0))
 
 
