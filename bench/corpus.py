@@ -4,7 +4,8 @@
         --against gsm8k/test.jsonl [--rounds 3]
 
 Each round builds the same corpus from nothing with one local worker, with two, and with two on Ray; the sides take turns. Told are
-documents/s and MB/s of the input (wall clock, all stages) of each side's best round, and of one worker the best rate of each step.
+documents/s and MB/s of the input (wall clock, all stages) of each side's best round; of one worker the same by CPU seconds (which
+others on the machine hardly change), and the best rate of each step.
 The tokenizer has one thread, so that a worker is a core. Planted in the input: a document with a few words changed, an item of the
 evaluation sets inside a document, an address and a telephone number; the bench fails if one is left, if a document is not
 accounted for, or if any two builds differ in a byte.
@@ -28,7 +29,6 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizer, here and in the worke
 
 from bench.common import machine
 from dsv3.data.corpus import Source, open_lines, read_documents
-from dsv3.data.decontaminate import Decontaminator
 from dsv3.data.machines import Machines
 from dsv3.data.pipeline import BuildConfig, build
 from dsv3.recipes.corpus import parse_sources
@@ -41,8 +41,8 @@ SIDES = {
 ADDRESS, PHONE, MARK = "planted.reader@fabrikam-labs.com", "+49 30 901820", "Planted for the bench."
 
 
-def plant(sources: tuple[Source, ...], against: tuple[Path, ...], folder: Path) -> Source:
-    """A source of planted documents, made of the input's own and of items of the evaluation sets (.jsonl, .jsonl.gz)."""
+def plant(sources: tuple[Source, ...], against: tuple[Path, ...], folder: Path) -> tuple[Source, list[str]]:
+    """(a source of planted documents, made of the input's own and of items of the evaluation sets (.jsonl, .jsonl.gz), items)"""
     long = (
         d.text for source in sources for d in read_documents(source.paths) if len(d.text) > 3000 and d.text.isascii()
     )
@@ -52,13 +52,15 @@ def plant(sources: tuple[Source, ...], against: tuple[Path, ...], folder: Path) 
         f"{MARK} Second: {host}",
         f"{third}\n\nWrite to {ADDRESS} or call {PHONE}. {MARK}",
     ]
+    items: list[str] = []
     for path in against:
         with open_lines(path) as lines:
-            texts += [f"{other}\n\n{longest(json.loads(line))}\n\n{third}" for line in islice(lines, 5)]
+            items += [longest(json.loads(line)) for line in islice(lines, 5)]
+    texts += [f"{other}\n\n{item}\n\n{third}" for item in items]
     (folder / "planted.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
     )
-    return Source(name="planted", paths=(str(folder / "planted.jsonl"),))
+    return Source(name="planted", paths=(str(folder / "planted.jsonl"),)), items
 
 
 def longest(record: dict[str, Any]) -> str:
@@ -72,13 +74,12 @@ def kept(out: Path) -> Iterator[str]:
             yield from (json.loads(line)["text"] for line in file)
 
 
-def check(out: Path, against: tuple[Path, ...], report: dict[str, Any]) -> None:
-    guard = Decontaminator(against)
+def check(out: Path, items: list[str], report: dict[str, Any]) -> None:
     marked = 0
     for text in kept(out):
         assert ADDRESS not in text, text
         assert PHONE not in text, text
-        assert guard.touches(text) is None, text
+        assert not any(item in text for item in items), text
         marked += MARK in text
     assert marked == 2, f"{marked} of the three documents with the mark are left, of which two are near-duplicates"
     dropped = sum(sum(row["dropped"].values()) for row in report["steps"])
@@ -95,22 +96,25 @@ def main() -> None:
     options = parser.parse_args()
     against = tuple(options.against)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    cpu: list[float] = []
     steps: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = parse_sources(options.data)
-        planted = plant(sources, against, folder)
+        planted, items = plant(sources, against, folder)
         config = BuildConfig(
             sources=(*sources, planted), tokenizer=options.tokenizer, against=against, task_mb=options.task_mb
         )
         for round_ in range(options.rounds):
             for side, machines in SIDES.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 report = build(config, folder / "out", machines)
                 seconds[side].append(time.perf_counter() - start)
+                if side == "one worker":  # which is this process
+                    cpu.append(time.process_time() - used)
                 assert report is not None
-                check(folder / "out", against, report)
+                check(folder / "out", items, report)
                 assert report["shards"] == found.get("shards", report["shards"]), f"{side} gave other shards"
                 found = report
                 for row in report["steps"] if side == "one worker" else ():
@@ -131,6 +135,12 @@ def main() -> None:
         "best": {
             side: {"documents/s": round(found["documents"]["read"] / min(values)), "MB/s": round(size / min(values), 3)}
             for side, values in seconds.items()
+        },
+        "cpu_seconds": [round(value, 1) for value in cpu],
+        "a_core": {
+            "documents/s": round(found["documents"]["read"] / min(cpu)),
+            "MB/s": round(size / min(cpu), 3),
+            "tokens/s": round(sum(made["tokens"] for made in found["shards"].values()) / min(cpu)),
         },
         "speedup": {side: round(min(seconds["one worker"]) / min(values), 2) for side, values in seconds.items()},
         "steps": {
