@@ -8,9 +8,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dsv3.kernels import native
 from dsv3.model.config import ModelConfig
+from dsv3.model.fp8 import fp8_modules
 from dsv3.model.transformer import DeepseekV3
 from dsv3.plan.memory import layer_bytes, memory_of, under_way
 from dsv3.plan.step import Layout
+from tests.parallel.small import small_trainer
 
 TOKENS = 256
 SMALL = ModelConfig(
@@ -50,6 +52,21 @@ def test_a_layer_leaves_what_autograd_holds(precision, layer):
     if precision == "bfloat16" and not native.fits(torch.zeros(16, 16, dtype=torch.bfloat16)):
         pytest.skip("no C kernels for bfloat16 on this CPU: the formula is theirs")
     assert layer_bytes(SMALL, layer, precision, False) == pytest.approx(autograd_holds(model, layer), rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8"])
+def test_one_process_holds_the_weights_gradients_and_moments_of_the_plan(precision, tmp_path):
+    trainer = small_trainer(tmp_path, precision=precision)
+    trainer.step()
+    masters = {id(p) for p in trainer.model.parameters()}
+    codes = [tensor for module in fp8_modules(trainer.twin) for cast in module.casts() for tensor in cast]
+    copies = [p for p in trainer.twin.parameters() if id(p) not in masters] + codes
+    moments = [t for state in trainer.optimizer.state.values() for name, t in state.items() if name != "step"]
+    planned = memory_of(trainer.model.config, Layout(gpus=1, micro_batch=2), seq_len=24, precision=precision)
+    assert sum(t.nbytes for t in [*trainer.model.parameters(), *copies]) == pytest.approx(planned.weights, rel=0.02)
+    assert sum(t.nbytes for t in moments) == planned.optimizer
+    own = sum(gradient.nbytes for gradient in trainer.workers.grads)
+    assert own < planned.gradients <= 2 * own  # on top: the copies' gradients while a micro-batch's backward ends
 
 
 def test_a_layer_computed_again_leaves_its_input():
