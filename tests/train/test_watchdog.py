@@ -129,15 +129,6 @@ def stop(_group: Any, folder: str) -> list[str]:
     return said
 
 
-@pytest.mark.dist
-def test_a_process_that_is_stopped_is_named_and_says_nothing_itself(tmp_path):
-    silent, spoke = run_ranks(stop, 2, tmp_path / "ranks", str(tmp_path / "run"))
-    assert not any("step 5 hangs" in text for text in silent)
-    (told,) = [text for text in spoke if "step 5 hangs" in text]
-    assert ") gives no sign" in told.split("rank 0 (")[1]
-    assert "rank 1 waits in gloo:all_reduce" in told
-
-
 def hang(_group: Any, folder: str) -> list[str]:
     """Rank 1 sleeps in layer 2, forward in step 4 and backward in step 6; what this rank's watchdog said."""
     run, said = small_trainer(Path(folder), Mesh(ParallelConfig(expert=2), TINY)), []
@@ -155,9 +146,18 @@ def hang(_group: Any, folder: str) -> list[str]:
     return said
 
 
+def both(group: Any, folder: str) -> tuple[list[str], list[str]]:
+    return hang(group, f"{folder}/run"), stop(group, f"{folder}/stopped")
+
+
 @pytest.mark.dist
-def test_a_rank_that_sleeps_in_a_layer_is_named_by_the_other(tmp_path):
-    spoke, silent = run_ranks(hang, 2, tmp_path / "ranks", str(tmp_path / "run"))
+def test_a_rank_that_sleeps_or_is_stopped_is_named_by_the_other(tmp_path):
+    (spoke, woken), (silent, waited) = run_ranks(both, 2, tmp_path / "ranks", str(tmp_path))
+    assert not any("step 5 hangs" in text for text in woken)  # it was stopped itself
+    (told,) = [text for text in waited if "step 5 hangs" in text]
+    assert ") gives no sign" in told.split("rank 0 (")[1]
+    assert "rank 1 waits in gloo:all_reduce" in told
+
     hangs = {
         text.split(" hangs")[0]: text for text in spoke if " hangs" in text
     }  # a busy machine may make others late too
