@@ -38,7 +38,7 @@ MODEL = ModelConfig(
     qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4,
     first_k_dense_replace=1, max_position_embeddings=512, rope_scaling=None,
 )  # fmt: skip
-STEPS, ROWS, LENGTH = 300, 8, 256
+ROWS, LENGTH = 4, 256
 UNITS = {
     "prefill, no redundancy": Cluster(gpus=32, nodes=4, slots=256, groups=8),
     "prefill, 32 redundant": Cluster(gpus=32, nodes=4, slots=288, groups=8),
@@ -50,22 +50,22 @@ METHODS: tuple[Method, ...] = ("none", "greedy", "eplb", "plan")
 Loads = dict[str, list[np.ndarray]]  # traffic -> two halves of (L, E)
 
 
-def trained(work: Path, shards: Shards) -> DeepseekV3:
-    """The model after STEPS steps, from `work` if it is there."""
-    model, path = DeepseekV3(MODEL), work / "model.pt"
+def trained(work: Path, shards: Shards, steps: int) -> DeepseekV3:
+    """The model after so many steps, from `work` if it is there."""
+    model, path = DeepseekV3(MODEL), work / f"model-{steps}.pt"
     model.init_weights(torch.Generator().manual_seed(0))
     if path.exists():
         model.load_state_dict(torch.load(path))
         return model
     schedule = ScheduleConfig(
-        steps=STEPS, peak_lr=4e-3, warmup_steps=25, constant_until=0.4, cosine_until=0.9, second_constant_from=0.95,
+        steps=steps, peak_lr=4e-3, warmup_steps=25, constant_until=0.4, cosine_until=0.9, second_constant_from=0.95,
         batch_size=ROWS, gamma=1e-3,
     )  # fmt: skip
     loader = Loader(shards, LoaderConfig(seq_len=LENGTH, extra_tokens=1))
     trainer = Trainer(model, loader, TrainConfig(schedule=schedule, seq_len=LENGTH, micro_batch=ROWS), Path("unused"))
-    for _ in range(STEPS):
+    for _ in range(steps):
         record = trainer.step()
-    print(f"trained {STEPS} steps: loss {record['loss']:.3f}, MaxVio {max(record['load']['max_vio']):.2f}", flush=True)
+    print(f"trained {steps} steps: loss {record['loss']:.3f}, MaxVio {max(record['load']['max_vio']):.2f}", flush=True)
     torch.save(model.state_dict(), path)
     return model
 
@@ -152,6 +152,7 @@ def plot(loads: Loads, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/placement"))
+    parser.add_argument("--steps", type=int, default=300, help="of training, 1,024 tokens each")
     parser.add_argument("--metrics", type=Path, help="a run's metrics.jsonl; prints its table and writes no evidence")
     parser.add_argument("--unit", type=int, nargs=3, action="append", metavar=("GPUS", "NODES", "SLOTS"))
     parser.add_argument("--groups", type=int, default=8, help="n_group of the run's model")
@@ -166,10 +167,10 @@ def main() -> None:
         show(compare(loads, units))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    path = options.work / "loads.json"
+    path = options.work / f"loads-{options.steps}.json"
     if not path.exists():
         _, shards, held_out, _ = corpus(options.work)
-        loads = record_loads(trained(options.work, shards), held_out)
+        loads = record_loads(trained(options.work, shards, options.steps), held_out)
         write_atomic(
             path, json.dumps({name: [half.tolist() for half in halves] for name, halves in loads.items()}).encode()
         )
