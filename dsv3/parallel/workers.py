@@ -148,11 +148,16 @@ class Together:
         mesh: of this process.
 
     Raises:
-        ValueError: more stages than layers, or compiled layers in a schedule that divides their backward pass.
+        ValueError: more stages than layers; or compiled layers, with experts spread or in a schedule that divides their backward
+            pass.
     """
 
     def __init__(self, model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: bool, compile_layers: bool) -> None:
         self.mesh, self.leads, self.device, self.precision = mesh, mesh.leads, mesh.device, precision
+        if compile_layers and mesh.config.expert > 1:
+            raise ValueError(
+                f"compile=True with expert {mesh.config.expert} would compile every number of rows that experts receive anew: drop one"
+            )
         stages = _stages(model, mesh)
         self.parts: list[DeepseekV3] = [*stages] or [model]
         for part in self.parts:

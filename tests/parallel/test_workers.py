@@ -110,6 +110,22 @@ def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
         torch.testing.assert_close(losses, one, rtol=5e-2, atol=1e-3)
 
 
+def take_steps_and_refuse(group: Any, degrees: dict[str, Any], folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+    with pytest.raises(ValueError, match="compile=True with expert 2 would compile every number of rows"):
+        take_steps(group, degrees, folder, {"compile": True})
+    return take_steps(group, degrees, folder, changes)
+
+
+def test_recomputed_layers_change_nothing(alone, tmp_path):
+    degrees, changes = {"expert": 2, "sharding": "fsdp"}, {"recompute": True}
+    for result in run_ranks(take_steps_and_refuse, 2, tmp_path / "ranks", degrees, str(tmp_path / "run"), changes):
+        assert result["counts"] == alone["counts"]
+        torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(alone["loss"]), rtol=2e-5, atol=1e-6)
+        for name, grad in result["gradients"].items():
+            scale = float(alone["gradients"][name].abs().max())
+            torch.testing.assert_close(grad, alone["gradients"][name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
 def test_rows_that_do_not_divide_leave_ranks_empty_and_change_nothing(tmp_path):
     changes = {"schedule": {"batch_size": 5}}
     one = take_steps(None, None, str(tmp_path / "one"), changes)
