@@ -15,6 +15,7 @@ Source: V3 report section 3.2. Does not: move tensors (expert.py, fsdp.py, pipel
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -89,3 +90,6 @@ def part() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(
+            0.2
+        )  # gloo's thread lets go of the last tensors a moment later, and must not meet the interpreter's end

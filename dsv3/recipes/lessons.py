@@ -11,6 +11,7 @@ The same functions as the verbs `dsv3 sft`, `distill` and `rl` call; only the si
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ ANSWER_TOKENS = 16
 class LessonsConfig:
     """Sizes of the stages; the defaults take about six minutes on two cores. `scaled` to a shorter run."""
 
-    samples: int = 5000
-    """Questions of each task in the first SFT set."""
+    samples: int = 3000
+    """Questions of each task in the first SFT set: enough to know most sums, so that the later stages have something to do."""
     questions: int = 600
     """New ones of each task that the model answers itself, four times each, for the second set."""
     rl_steps: int = 60
@@ -95,9 +96,9 @@ def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]
     say(f"    {count:,} questions have a right answer of the model's own")
     if count >= 16:
         kept = out / "distilled" / "sft.jsonl"
-        distilled = run_sft(
-            _sft(stages[-1].checkpoint, [kept], out / "distil", config, first_lr=1e-3, epochs=1), _quiet
-        )
+        # From fresh moments the first steps are as long as the rate allows, and would unlearn what SFT taught.
+        second = _sft(stages[-1].checkpoint, [kept], out / "distil", config, first_lr=5e-4, epochs=4)
+        distilled = run_sft(dataclasses.replace(second, warmup_steps=2 if count >= 160 else 0), _quiet)
         stages.append(examine("distillation", Path(distilled["checkpoint"]), known, config))
         _tell(stages[-1], say)
 
