@@ -53,8 +53,8 @@ class Pretrain:
     """Pre-train from shards (made by `dsv3 data`). Resumes when the folder holds a checkpoint.
     Example: dsv3 pretrain --shards shards/ --tokenizer tok/ --model model.json --steps 2000 --out runs/mine
     model.json holds the fields of ModelConfig you want other than the tiny recipe's, as in a config.json.
-    On several processes: torchrun --standalone --nproc-per-node 4 -m dsv3.cli pretrain --parallel.expert 4 ... ; --max-restarts 3 brings
-    a run back from its last checkpoint when a process dies, and the run may go on with other degrees."""
+    On several processes: torchrun --standalone --nproc-per-node 4 -m dsv3.cli pretrain --parallel.expert 4 ...
+    --max-restarts 3 brings a run back from its last checkpoint when a process dies; it may go on with other degrees."""
 
     shards: Path
     """What `dsv3 data` wrote."""
@@ -122,9 +122,8 @@ def tokenizer(verb: TokenizerVerb) -> None:
 def _extend(verb: Pretrain) -> None:
     """A step reads --batch-size rows of the longest length, and as many tokens in every phase."""
     from dsv3.data.shards import open_shards
-    from dsv3.train.extend import ExtendConfig, extend_from_shards
-
     from dsv3.parallel.mesh import launched
+    from dsv3.train.extend import ExtendConfig, extend_from_shards
 
     assert verb.extend is not None
     if launched() > 1:

@@ -24,6 +24,7 @@ import struct
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import dsv3
-
 KEPT = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MASTER_", "LOCAL_", "RDMAV_", "UCX_", "TP_SOCKET")
 """Beginnings of the environment variables that matter to ranks."""
 _TRIES = 4
 
 Facts = dict[str, Any]  # JSON-able
+
+
+def _version() -> str:
+    try:
+        return version("dsv3")
+    except PackageNotFoundError:
+        return "from a source folder"
 
 
 def facts(environment: Mapping[str, str]) -> Facts:
@@ -47,8 +53,8 @@ def facts(environment: Mapping[str, str]) -> Facts:
         "host": host,
         "pid": os.getpid(),
         "versions": {
-            "dsv3": dsv3.__version__,
-            "sources": source_hash(Path(dsv3.__file__).parent),
+            "dsv3": _version(),
+            "sources": source_hash(Path(__file__).parents[1]),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -156,7 +156,8 @@ class Together:
         self.mesh, self.leads, self.device, self.precision = mesh, mesh.leads, mesh.device, precision
         if compile_layers and mesh.config.expert > 1:
             raise ValueError(
-                f"compile=True with expert {mesh.config.expert} would compile every number of rows that experts receive anew: drop one"
+                f"compile=True with expert {mesh.config.expert} would compile every number of rows that experts receive anew: "
+                "drop one"
             )
         stages = _stages(model, mesh)
         self.parts: list[DeepseekV3] = [*stages] or [model]
