@@ -86,6 +86,40 @@ def check(out: Path, items: list[str], report: dict[str, Any]) -> None:
     assert report["documents"]["read"] == dropped + report["documents"]["packed"]
 
 
+def summary(
+    found: dict[str, Any], seconds: dict[str, list[float]], cpu: list[float], steps: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The JSON line. found: any report (they are alike); seconds, cpu: of each round; steps: their rows of one worker."""
+    rates = ("documents_per_second", "mb_per_second", "tokens_per_second")
+    read = steps["read"][0]
+    size = read["mb_per_second"] * read["seconds"]
+    return {
+        "bench": "corpus",
+        "documents": found["documents"],
+        "input_mb": round(size, 2),
+        "dropped": {row["step"]: sum(row["dropped"].values()) for row in found["steps"] if row["dropped"]},
+        "replaced": found["replaced"],
+        "tokens": {side: made["tokens"] for side, made in found["shards"].items()},
+        "seconds": {side: [round(value, 1) for value in values] for side, values in seconds.items()},
+        "best": {
+            side: {"documents/s": round(found["documents"]["read"] / min(values)), "MB/s": round(size / min(values), 3)}
+            for side, values in seconds.items()
+        },
+        "cpu_seconds": [round(value, 1) for value in cpu],
+        "a_core": {
+            "documents/s": round(found["documents"]["read"] / min(cpu)),
+            "MB/s": round(size / min(cpu), 3),
+            "tokens/s": round(sum(made["tokens"] for made in found["shards"].values()) / min(cpu)),
+        },
+        "speedup": {side: round(min(seconds["one worker"]) / min(values), 2) for side, values in seconds.items()},
+        "steps": {
+            step: {rate: round(max(row[rate] for row in rows), 3) for rate in rates if rows[0].get(rate)}
+            for step, rows in steps.items()
+        },
+        **machine(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", action="append", required=True)
@@ -121,35 +155,7 @@ def main() -> None:
                     steps.setdefault(row["step"], []).append(row)
                 shutil.rmtree(folder / "out")
                 print(f"round {round_ + 1}: {side} {seconds[side][-1]:.1f} s", file=sys.stderr)
-    rates = ("documents_per_second", "mb_per_second", "tokens_per_second")
-    read = steps["read"][0]
-    size = read["mb_per_second"] * read["seconds"]
-    result = {
-        "bench": "corpus",
-        "documents": found["documents"],
-        "input_mb": round(size, 2),
-        "dropped": {row["step"]: sum(row["dropped"].values()) for row in found["steps"] if row["dropped"]},
-        "replaced": found["replaced"],
-        "tokens": {side: made["tokens"] for side, made in found["shards"].items()},
-        "seconds": {side: [round(value, 1) for value in values] for side, values in seconds.items()},
-        "best": {
-            side: {"documents/s": round(found["documents"]["read"] / min(values)), "MB/s": round(size / min(values), 3)}
-            for side, values in seconds.items()
-        },
-        "cpu_seconds": [round(value, 1) for value in cpu],
-        "a_core": {
-            "documents/s": round(found["documents"]["read"] / min(cpu)),
-            "MB/s": round(size / min(cpu), 3),
-            "tokens/s": round(sum(made["tokens"] for made in found["shards"].values()) / min(cpu)),
-        },
-        "speedup": {side: round(min(seconds["one worker"]) / min(values), 2) for side, values in seconds.items()},
-        "steps": {
-            step: {rate: round(max(row[rate] for row in rows), 3) for rate in rates if rows[0].get(rate)}
-            for step, rows in steps.items()
-        },
-        **machine(),
-    }
-    print(json.dumps(result))
+    print(json.dumps(summary(found, seconds, cpu, steps)))
 
 
 if __name__ == "__main__":
