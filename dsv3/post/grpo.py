@@ -34,6 +34,9 @@ from dsv3.post.replay import Gate, RouterTap, Tapped
 from dsv3.train.loss import Step, join_losses
 
 LEVELS = ("token", "sequence")
+_FARTHEST = (
+    20.0  # nats: beyond, a ratio is held there and gives no gradient; exp(89) is infinite, and its gradient no number
+)
 _BLOCK_VALUES = 1 << 24  # logits that exist at once, 64 MiB of float32
 
 
@@ -66,13 +69,13 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 def k3(log_policy: Tensor, log_reference: Tensor) -> Tensor:
     """Estimates KL(policy | reference) from samples of the policy, never negative; the shape of its inputs."""
-    log_ratio = log_reference - log_policy
+    log_ratio = (log_reference - log_policy).clamp(max=_FARTHEST)
     return log_ratio.exp() - log_ratio - 1
 
 
 def surrogate(log_policy: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """min(rho A, clip(rho) A), to be made large, and where the clip has cut the gradient off. All of one shape."""
-    ratio = (log_policy - log_old).exp()
+    ratio = (log_policy - log_old).clamp(max=_FARTHEST).exp()
     free, cut = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
     return torch.minimum(free, cut), cut < free
 

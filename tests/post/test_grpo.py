@@ -69,6 +69,20 @@ def test_the_clip_cuts_where_the_report_cuts(ratio, advantage, clip, gain, cut_o
     assert (policy.grad.item() == 0) is cut_off
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_an_answer_far_from_what_it_was_gives_finite_numbers(advantage):
+    policy, old = (
+        torch.tensor([95.0, -1.0], requires_grad=True),
+        torch.tensor([0.0, -1.0]),
+    )  # long answers: level "sequence"
+    value, _ = surrogate(policy, old, torch.full((2,), advantage), 10.0)
+    (value.sum() + k3(policy, old).sum() + k3(old, policy).sum()).backward()
+    assert policy.grad is not None
+    assert bool(value.isfinite().all())
+    assert bool(policy.grad.isfinite().all())
+    assert policy.grad[1].item() == pytest.approx(advantage)
+
+
 def test_the_defaults_are_those_of_r1():
     from dsv3.post.rl import RlConfig
 
