@@ -113,10 +113,9 @@ def find_answer(text: str, *, several: bool = False) -> str | None:
     Args:
         several: gold is a list: boxes side by side are its parts.
     """
-    thought = text.rpartition("</think>")
-    if not thought[1] and "<think>" in text:
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:  # one that has no end, the first or another
         return None
-    text = thought[2]
     cut = next((m.start() for m in _NEXT_ITEM.finditer(text) if text[: m.start()].strip()), len(text))
     text = text[:cut]
     boxed = boxes(text)

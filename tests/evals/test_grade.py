@@ -77,6 +77,7 @@ def test_right_answers(gold, text):
         ("4", r"Reason step by step and put your final answer within \boxed{}. 4"),
         ("4", r"\boxed{4"),
         ("4", r"<think>so it is \boxed{4}"),
+        ("4", r"<think>two and two</think><think>so it is \boxed{4}"),
         ("408", r"What is 12*34? \boxed{12*34}"),
         ("408", r"\boxed{12 \times 34}"),
         ("4", "What is 2+2, is it 4?"),
