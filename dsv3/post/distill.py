@@ -33,7 +33,7 @@ from dsv3.data.decontaminate import Decontaminator
 from dsv3.evals.sandbox import Sandbox
 from dsv3.post.distill_filter import is_repetitive, language_of, mixes_languages
 from dsv3.post.distill_teacher import Asked, EngineTeacher, HttpTeacher, Reply, Request, RequestLog, Sampling, Teacher
-from dsv3.post.rewards import Rewarder
+from dsv3.post.rewards import LANGUAGES, Rewarder
 from dsv3.post.tasks import Problem
 from dsv3.train.metrics import write_atomic
 
@@ -166,8 +166,10 @@ def _given(row: dict[str, Any], where: str) -> Given:
     gold = None if kind == "none" else row.get("tests") if kind == "code" else row.get("answer")
     if kind != "none" and not gold:
         raise ValueError(f"{where}: {'tests' if kind == 'code' else 'answer'} is missing, and kind {kind!r} needs it")
+    if (language := row.get("language") or None) is not None and language not in LANGUAGES:
+        raise ValueError(f"{where}: language is {language!r}: give one of {', '.join(LANGUAGES)}, or leave it out")
     name = row.get("id") or hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    language, problem = row.get("language") or language_of(prompt), None
+    language, problem = language or language_of(prompt), None
     if gold:
         problem = Problem(id=name, prompt=prompt, answer=gold, kind="maths" if kind == "choice" else kind)
     return Given(

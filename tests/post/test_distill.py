@@ -420,12 +420,13 @@ def test_bad_lines_of_problems_are_told_and_the_good_ones_kept(tmp_path):
     rows = [
         '{"prompt": "What is 1 plus 1?", "answer": "2"}', "{", '{"answer": "2"}', '{"prompt": "a?", "kind": "essay"}',
         '{"prompt": "a?", "kind": "code"}', '{"prompt": "a?", "answer": 2}', '{"prompt": "What is 1 plus 1?", "answer": "3"}',
+        '{"prompt": "b?", "language": "English"}',
     ]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
     faults: list[str] = []
     assert len(read_problems([tmp_path / "p.jsonl"], faults)) == 1
     for number, what in ((2, "is no JSON"), (3, "prompt is missing"), (4, "kind is 'essay'"), (5, "tests is missing"),
-                         (6, "answer is 2: give a string"), (7, "occurs twice")):  # fmt: skip
+                         (6, "answer is 2: give a string"), (7, "occurs twice"), (8, "language is 'English'")):  # fmt: skip
         assert f"line {number}" in faults[number - 2]
         assert what in faults[number - 2]
     (tmp_path / "q.jsonl").write_text("{}\n")
