@@ -137,6 +137,7 @@ def _open(verb: Eval) -> tuple[Model, list[Task]]:
     from dsv3.evals.models import ApiModel, EngineModel
     from dsv3.evals.needle import needle_task
     from dsv3.evals.tasks import open_task
+    from dsv3.model.fingerprint import fingerprint
 
     shots = dict(given.split("=", 1) for given in verb.shots_data)
     tasks = [
@@ -160,7 +161,9 @@ def _open(verb: Eval) -> tuple[Model, list[Task]]:
                 f"--lengths {verb.lengths} are all beyond the model's context of {most + 64}: give shorter ones"
             )
         tasks.append(needle_task(tokenizer, lengths=lengths, chat=verb.chat))
-    return EngineModel(engine, name=str(checkpoint_of(Path(verb.model_at)))), tasks
+    # Another checkpoint in the same folder, or another dtype, is another model: its answers are not this one's.
+    name = f"{checkpoint_of(Path(verb.model_at))} {fingerprint(engine.model)[:12]}"
+    return EngineModel(engine, name=name), tasks
 
 
 def _engine(verb: Eval) -> tuple[Any, Any]:

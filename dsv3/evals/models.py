@@ -276,9 +276,11 @@ class ApiModel:
                 return self._generate(item, sampling)
             if item.kind == "choose":
                 return [self._score(item.prompt, choice) for choice in item.choices]
-            return [self._score("", piece) for piece in _pieces(item.prompt, self.window)]
+            return [self._score(before, piece) for before, piece in _pieces(item.prompt, self.window)]
         except (ValueError, OSError) as error:
             return Failure(f"{type(error).__name__}: {error}")
+        except (LookupError, TypeError, AttributeError) as error:
+            return Failure(f"{self.url} answered what is no completion ({type(error).__name__}: {error})")
 
     def _generate(self, item: Item, sampling: Sampling) -> list[Answer]:
         body: dict[str, Any] = {
@@ -295,6 +297,8 @@ class ApiModel:
             told = self._post("/chat/completions" if item.chat else "/completions", body | {"seed": sampling.seed + i})
             choice = told["choices"][0]
             text = choice["message"].get("content") if item.chat else choice["text"]
+            if not isinstance(text, str | None):
+                raise TypeError(f"its text is {text!r:.40}")
             tokens = (told.get("usage") or {}).get("completion_tokens")
             answers.append(Answer(text or "", choice.get("finish_reason") or "unknown", tokens))
         return answers
@@ -341,13 +345,14 @@ class ApiModel:
         raise OSError(f"{self.url}{path}: {said}")
 
 
-def _pieces(text: str, size: int) -> Iterable[str]:
-    """Of a text, for servers whose tokens are not known here: cut at white space near `size` characters."""
+def _pieces(text: str, size: int) -> Iterable[tuple[str, str]]:
+    """(what came before, piece) of a text, for servers whose tokens are not known here: cut at white space near `size` characters,
+    an eighth as many of context. So all but the text's first token are scored, as many as there are without BOS."""
     at = 0
     while at < len(text):
         end = min(at + size, len(text))
         if end < len(text):
             end = max(text.rfind(" ", at + 1, end), text.rfind("\n", at + 1, end), at) or end
             end = end if end > at else min(at + size, len(text))
-        yield text[at:end]
+        yield text[max(0, at - max(1, size // 8)) : at], text[at:end]
         at = end

@@ -100,7 +100,7 @@ def needle_task(
             )
     settings: dict[str, Any] = {
         "task": "needle", "lengths": list(lengths), "depths": list(depths), "seed": seed, "chat": chat,
-        "filler": "own" if filler is None else "given", "reported": "found",
+        "filler": "own" if filler is None else "given", "max_tokens": max_tokens, "reported": "found",
     }  # fmt: skip
     return Task(name="needle", items=made, grade=grade, reported="found", settings=settings)
 

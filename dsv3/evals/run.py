@@ -5,7 +5,8 @@
 
 A row is written when its item is finished, so a run that was killed goes on where it stood: no finished item is asked again.
 A folder of other settings, another model or other prompts is refused. An item without an answer (too long, an engine's or a
-server's error) counts as wrong and is counted; one whose gold cannot be read is left out and counted.
+server's error), or whose grader failed, counts as wrong, is counted, and is asked again by the next call; one whose gold cannot
+be read is left out and counted.
 Two folders are compared item by item (`compare`). Does not: print; that is the command's.
 """
 
@@ -24,7 +25,9 @@ from typing import Any
 from dsv3.evals.conventions import choose
 from dsv3.evals.grade import UnreadableGold
 from dsv3.evals.models import Answer, Failure, Model, Reply, Sampling, Scored
+from dsv3.evals.sandbox import IsolationError
 from dsv3.evals.stats import Comparison, compare_paired, pass_at_k, stderr
+from dsv3.evals.symbolic import JudgeError
 from dsv3.evals.tasks import Item, Task, Tools
 
 Row = dict[str, Any]
@@ -84,7 +87,7 @@ def _run_task(
 
 
 def _resume(path: Path, head: Mapping[str, Any], task: Task) -> list[Row]:
-    """Rows of an earlier run of the same; a last line that was cut is cut off."""
+    """Rows of an earlier run of the same; a last line that was cut is cut off, and rows of what failed are taken out."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -104,7 +107,10 @@ def _resume(path: Path, head: Mapping[str, Any], task: Task) -> list[Row]:
             raise ValueError(
                 f"{path}: the prompt of {row['id']} is not the one asked before: give another folder, or remove it"
             )
-    return found[1]
+    rows = [row for row in found[1] if "error" not in row]
+    if len(rows) < len(found[1]):
+        _write(path, "\n".join(json.dumps(record, ensure_ascii=False) for record in (found[0], *rows)))
+    return rows
 
 
 def read_log(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
@@ -160,6 +166,11 @@ def judged(task: Task, item: Item, reply: Reply, tools: Tools) -> Row:
             grades = task.grade(item, answer.text, tools)
         except UnreadableGold as error:
             return row | {"unreadable": str(error)}
+        except (IsolationError, JudgeError):  # nothing can be graded here
+            raise
+        except Exception as error:  # a grader's fault, or a keeper's that died: this item's loss, not the run's
+            fault = f"the grader failed ({type(error).__name__}: {error})"
+            return row | {"error": fault, "ungraded": [asdict(a) for a in reply if isinstance(a, Answer)]}
         samples.append({**asdict(answer), "grades": grades})
     return row | {"samples": samples}
 

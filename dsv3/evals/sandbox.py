@@ -33,7 +33,11 @@ _GRACE = 30.0  # seconds beyond a job's own that the keeper may take to answer
 
 
 class SandboxError(RuntimeError):
-    """No isolation is to be had here, or the keeper failed: the program was not judged."""
+    """The keeper failed, or there is none: the program was not judged."""
+
+
+class IsolationError(SandboxError):
+    """No isolation is to be had here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,7 @@ class Sandbox:
 
     Raises:
         ValueError: no such isolation.
-        SandboxError: there is none here.
+        IsolationError: there is none here.
     """
 
     def __init__(
@@ -190,7 +194,7 @@ class _Keeper:
         try:
             found = self.ask({"isolation": isolation, "folder": self._folder}, 60.0)
             if found["level"] is None:
-                raise SandboxError(
+                raise IsolationError(
                     f"no isolation for programs here ({'; '.join(found['faults'])}): run where user namespaces or Landlock are "
                     'allowed, or accept that a program may do what you may do: isolation="best-effort"'
                 )

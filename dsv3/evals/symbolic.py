@@ -22,6 +22,10 @@ _START = 120.0  # seconds that the helper may take to import sympy on a busy mac
 _MEMORY = 4 << 30
 
 
+class JudgeError(RuntimeError):
+    """The helper cannot be started here."""
+
+
 class Judge:
     """The helper process. May be used from several threads; they wait for each other.
 
@@ -75,7 +79,7 @@ class Judge:
             process, self._process = self._process, None
             process.kill()
             words = process.communicate()[1].decode("utf-8", "replace").strip()
-            raise RuntimeError(f"math-verify could not be started: {words[-300:]}. Install dsv3[eval]")
+            raise JudgeError(f"math-verify could not be started: {words[-300:]}. Install dsv3[eval]")
         return self._process
 
     def _line(self, seconds: float) -> bytes:

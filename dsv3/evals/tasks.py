@@ -10,7 +10,8 @@
 
 Multiple choice is perplexity-based, the rest generated (report section 4.4). Shots are the first of the set that the benchmark
 has for them, in its own order: MMLU's dev of the item's subject, GSM8K's and MATH's train. The report prints no prompts, so
-these are the usual ones (lm-eval's for base models, simple-evals' for chat), and their text stands in every row of the log.
+these are the usual ones (lm-eval's for base models, but GSM8K's shots without their <<calculator>> notes; simple-evals' for
+chat), and their text stands in every row of the log.
 Does not: run anything (dsv3.evals.run).
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Task:
     Attributes:
         grade: (item, response, tools) -> right or wrong by each convention; unused for "choose" and "roll".
         reported: the convention whose number is the task's score.
-        settings: all that fixes the prompts; stored beside the score.
+        settings: all that fixes prompts and answers' lengths; stored beside the score, and the same in a resumed run.
     """
 
     name: str
@@ -148,7 +149,8 @@ def open_task(
     count = default if shots is None else shots
     if count and name in ("humaneval", "bpb"):
         raise ValueError(f"shots={count}: {name} is zero-shot")
-    return makers[name](path, chat, count, shots_path, limit, max_tokens)
+    task = makers[name](path, chat, count, shots_path, limit, max_tokens)
+    return replace(task, settings={**task.settings, "max_tokens": max_tokens})
 
 
 def _shots(

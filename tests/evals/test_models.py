@@ -162,9 +162,10 @@ def test_a_server_answers_and_scores():
     assert [a.text for a in replies["g"]] == [" hi 3", " hi 4"]
     assert (replies["c"][0].text, replies["c"][0].tokens) == ("HI", 5)
     assert [(s.logprob, s.tokens, s.greedy) for s in replies["m"]] == [(-2, 2, True), (-4, 4, False)]
-    assert sum(s.tokens for s in replies["r"]) == len("one two three four five") - len(
-        replies["r"]
-    )  # first of each is unscored
+    assert len(replies["r"]) > 1
+    assert (
+        sum(s.tokens for s in replies["r"]) == len("one two three four five") - 1
+    )  # before the first there is nothing
     sent = next(b for p, b in server.bodies if b.get("prompt") == "hi")
     assert (sent["stop"], sent["max_tokens"], sent["temperature"]) == (["x"], 7, 0.5)
 
@@ -186,6 +187,16 @@ def test_a_server_that_fails_is_asked_again_and_then_said(monkeypatch):
     ((_, reply),) = model.ask([dataclasses.replace(item, kind="choose", choices=(" a",))], Sampling())
     assert "cannot score" in reply.error
     assert math.isfinite(model.concurrency)
+
+
+@pytest.mark.parametrize("told", [{}, {"choices": []}, {"choices": [{"text": 5, "logprobs": {"tokens": []}}]}, []])
+@pytest.mark.parametrize("kind", ["generate", "choose", "roll"])
+def test_a_server_that_lies_costs_an_item_and_not_the_run(told, kind):
+    lies = httpx.Client(transport=httpx.MockTransport(lambda r: httpx.Response(200, json=told)))
+    item = Item(id="g", prompt="hi", kind=kind, choices=(" a",))
+    ((_, reply),) = ApiModel("http://server/v1", "m", client=lies).ask([item], Sampling())
+    assert isinstance(reply, Failure)
+    assert "no completion" in reply.error or "cannot score" in reply.error
 
 
 def test_our_own_server_gives_what_the_engine_gives():

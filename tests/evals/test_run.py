@@ -1,5 +1,6 @@
 """Runs are resumed without asking twice, counted honestly, and compared item by item."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 
 from dsv3.evals.models import Answer, EngineModel, Failure, Sampling, Scored
 from dsv3.evals.run import compare, read_log, run, table
+from dsv3.evals.sandbox import IsolationError
 from dsv3.evals.tasks import Item, Task, Tools, open_task
 from tests.evals.data import OWN_CODE, OWN_GSM8K
 from tests.infer.letters import engine
@@ -95,6 +97,40 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path):
     assert again.asked == []
 
 
+def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
+    task, out = gsm8k(tmp_path), tmp_path / "out"
+    away = Script(lambda i: Failure("no connection") if i.id in ("gsm8k/1", "gsm8k/3") else right(i))
+    assert run(away, [task], out)["tasks"]["gsm8k"]["errors"] == 2
+    back = Script(right)
+    told = run(back, [task], out)["tasks"]["gsm8k"]
+    assert back.asked == ["gsm8k/1", "gsm8k/3"]
+    assert (told["errors"], told["score"]) == (0, 1.0)
+    assert sorted(row["id"] for row in read_log(out / "gsm8k.jsonl")[1]) == [item.id for item in task.items]
+
+
+def test_a_grader_that_crashes_costs_an_item_and_its_answer_is_kept(tmp_path):
+    task = gsm8k(tmp_path)
+
+    def grade(item, text, tools):
+        if item.id == "gsm8k/2":
+            raise ZeroDivisionError("oh")
+        return task.grade(item, text, tools)
+
+    told = run(Script(right), [dataclasses.replace(task, grade=grade)], tmp_path / "out")["tasks"]["gsm8k"]
+    assert (told["errors"], told["score"]) == (1, 0.75)
+    assert told["first_error"] == "the grader failed (ZeroDivisionError: oh)"
+    row = next(row for row in read_log(tmp_path / "out" / "gsm8k.jsonl")[1] if row["id"] == "gsm8k/2")
+    assert row["ungraded"][0]["text"] == right(task.items[2])
+
+
+def test_where_nothing_can_be_graded_the_run_stops(tmp_path):
+    def grade(item, text, tools):
+        raise IsolationError("none here")
+
+    with pytest.raises(IsolationError):
+        run(Script(right), [dataclasses.replace(gsm8k(tmp_path), grade=grade)], tmp_path / "out")
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     task, out = gsm8k(tmp_path), tmp_path / "out"
     run(Script(right), [task], out)
@@ -103,6 +139,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     other = gsm8k(tmp_path, records=[{**OWN_GSM8K[0], "question": "else?"}, *OWN_GSM8K[1:]])
     with pytest.raises(ValueError, match="prompt of gsm8k/0 is not the one"):
         run(Script(right), [other], out)
+    shorter = open_task("gsm8k", tmp_path / "test.jsonl", shots=0, max_tokens=4)
+    with pytest.raises(ValueError, match="its settings is"):
+        run(Script(right), [shorter], tmp_path / "out")
     named = Script(right)
     named.name = "another"
     with pytest.raises(ValueError, match='its model is "script", this one\'s "another"'):

@@ -35,6 +35,7 @@ def test_gsm8k_has_eight_shots_of_train_in_lm_evals_words(tmp_path):
         "shots": 8,
         "limit": None,
         "reported": "ours",
+        "max_tokens": None,
     }
     assert task.grade(first, " 3+4=7\n#### 7", Tools())["ours"]
     chat = open_task("gsm8k", tmp_path / "test.jsonl", chat=True, limit=2)
