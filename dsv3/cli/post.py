@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -16,6 +17,9 @@ from dsv3.parallel.degrees import ParallelConfig
 from dsv3.post.distill import DistillConfig
 from dsv3.post.rl import RlConfig
 from dsv3.train.sft import SftConfig
+
+if TYPE_CHECKING:
+    from dsv3.evals.sandbox import Sandbox
 
 _KEY_VARIABLE = "DSV3_TEACHER_KEY"
 
@@ -64,6 +68,8 @@ class Rl:
     """NAME[:KEY=VALUE,...][@WEIGHT]: arithmetic, a task of reasoning-gym such as chain_sum, or a .jsonl file of {"prompt",
     "answer"} or {"prompt", "tests"}; repeat for a mixture."""
     config: tyro.conf.OmitArgPrefixes[RlConfig]
+    isolation: Literal["auto", "namespaces", "seccomp", "best-effort", "none"] = "auto"
+    """Of the sandbox for questions that are code: best-effort runs without one where there is none."""
     device: str = "cpu"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """On several processes, each of which answers its share of the questions: torchrun --standalone --nproc-per-node 2 -m dsv3.cli
@@ -86,31 +92,34 @@ def sft(verb: Sft) -> None:
 
 
 def distill(verb: Distill) -> None:
+    from dsv3.evals.sandbox import IsolationError
     from dsv3.post.distill import run_distill
 
     fields = {f.name: getattr(verb, f.name) for f in dataclasses.fields(DistillConfig)}
     if verb.checkpoint is not None:
         fields["checkpoint"] = checkpoint_of(verb.checkpoint)
     fields["api_key"] = os.environ.get(_KEY_VARIABLE)
-    told = run_distill(DistillConfig(**fields), say=lambda text: print(text, file=sys.stderr))
+    try:
+        told = run_distill(DistillConfig(**fields), say=lambda text: print(text, file=sys.stderr))
+    except IsolationError as error:
+        raise ValueError(f"some problems are code: {error}") from error
     print(told["out"])
 
 
 def rl(verb: Rl) -> None:
     from dsv3.data.chat import with_template
     from dsv3.data.tokenizer import Tokenizer
-    from dsv3.evals.sandbox import Sandbox
     from dsv3.model.weights import config_of, load_model
     from dsv3.post.rl import run_rl
-    from dsv3.post.tasks import parse_tasks
+    from dsv3.post.tasks import FileTask, parse_tasks
 
     checkpoint = checkpoint_of(verb.checkpoint)
     tasks = parse_tasks(verb.task, seed=verb.config.seed)
     tokenizer = Tokenizer.from_file(checkpoint)
     if "chat_template" not in tokenizer.config:
         tokenizer = with_template(tokenizer)
-    files = any(spec.partition("@")[0].endswith(".jsonl") for spec in verb.task)
-    sandbox = Sandbox(workers=2) if files else None  # a file's problems may be code
+    code = any(p.kind == "code" for task in tasks if isinstance(task, FileTask) for p in task.problems)
+    sandbox = _sandbox(verb.isolation) if code else None
     try:
         with together(verb.parallel, config_of(checkpoint), verb.device) as mesh:
             leads = mesh is None or mesh.leads
@@ -127,6 +136,15 @@ def rl(verb: Rl) -> None:
     before, after = told["before"], told["after"]
     rows = [(name, f"{_shown(before[name])} -> {_shown(after[name])}") for name in before if name in after]
     print_table(f"rl in {verb.out}", [*rows, ("rollouts", told["view"]), ("checkpoint", told["checkpoint"])])
+
+
+def _sandbox(isolation: str) -> Sandbox:
+    from dsv3.evals.sandbox import IsolationError, Sandbox
+
+    try:
+        return Sandbox(isolation=isolation, workers=2)
+    except IsolationError as error:
+        raise ValueError(f"the questions are code: {error}") from error
 
 
 def _shown(value: object) -> str:

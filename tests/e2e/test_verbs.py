@@ -9,6 +9,7 @@ import torch
 
 from dsv3.cli import main
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.evals.sandbox import IsolationError
 from dsv3.model.weights import load_model, save_model
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.metrics import read_metrics
@@ -89,15 +90,61 @@ def test_rl_runs_resumes_and_leaves_rollouts_to_look_at(tuned, capsys):
     load_model(latest_checkpoint(tuned / "rl"))
 
 
+def test_rl_wants_a_sandbox_for_code_alone_and_says_what_to_do_without_one(tuned, tmp_path, capsys, monkeypatch):
+    def none_here(*args, **options):
+        raise IsolationError("no isolation for programs here: run where user namespaces are allowed")
+
+    monkeypatch.setattr("dsv3.evals.sandbox.Sandbox", none_here)
+    sums = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(4)]
+    code = [{**row, "kind": "code", "tests": "assert f() == 1"} for row in sums]
+    small = [
+        "--prompts",
+        "2",
+        "--group",
+        "2",
+        "--minibatches",
+        "1",
+        "--max-tokens",
+        "4",
+        "--steps",
+        "1",
+        "--cache-gb",
+        "0.05",
+    ]
+    for name, rows in (("sums", sums), ("code", code)):
+        task = lines(tmp_path / f"{name}.jsonl", rows)
+        command = [
+            "rl",
+            str(tuned / "sft"),
+            "--out",
+            str(tmp_path / name),
+            "--task",
+            task,
+            "--eval-problems",
+            "2",
+            *small,
+        ]
+        if name == "sums":
+            main(command)
+            continue
+        with pytest.raises(SystemExit):
+            main(command)
+    assert "the questions are code: no isolation" in capsys.readouterr().err
+
+
 def test_eval_scores_a_benchmark_and_prints_a_table(tuned, tmp_path, capsys):
     rows = [{"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in SUMS]
     (tmp_path / "gsm8k").mkdir()
     lines(tmp_path / "gsm8k" / "test.jsonl", rows)
-    main([
+    command = [
         "eval", str(tuned / "sft"), "--tasks", "gsm8k", "--data", f"gsm8k={tmp_path / 'gsm8k' / 'test.jsonl'}", "--shots", "0",
         "--out", str(tmp_path / "evals"), "--max-tokens", "8", "--cache-gb", "0.05",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    main(command)
     assert "gsm8k" in capsys.readouterr().out
     told = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["gsm8k"]
     assert (told["items"], told["errors"]) == (6, 0)
     assert 0 <= told["score"] <= 1
+    with pytest.raises(SystemExit):  # the same checkpoint in another dtype is another model
+        main([*command, "--dtype", "float32"])
+    assert "is of another run: its model is" in capsys.readouterr().err
