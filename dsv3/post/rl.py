@@ -28,7 +28,9 @@ from dsv3.data.chat import ChatFormat
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evals.sandbox import Sandbox
 from dsv3.infer.engine import Engine
+from dsv3.model.fp8 import fp8_modules
 from dsv3.model.transformer import DeepseekV3
+from dsv3.parallel.apply import PRECISIONS
 from dsv3.parallel.mesh import Mesh
 from dsv3.post.batch import RolloutBatch
 from dsv3.post.grpo import GrpoConfig, GrpoObjective, advantages
@@ -99,7 +101,7 @@ class RlConfig:
     mtp_weight: float = 0.1
     """Lambda: the MTP layers learn the sampled answers, or their drafts would be accepted less and less."""
     precision: str = "bfloat16"
-    """bfloat16 or float32, of rollouts and training pass alike. Not fp8, whose training copy the engine does not run."""
+    """Of rollouts and training pass alike: bfloat16, float32 or fp8."""
     micro_batch: int = 8
     """Answers of one forward and backward."""
     recompute: bool = False
@@ -129,10 +131,8 @@ class RlConfig:
             raise ValueError(
                 f"reference_every {self.reference_every} with kl {self.grpo.kl}: give at least 1, and a kl above 0"
             )
-        if self.precision not in ("bfloat16", "float32"):
-            raise ValueError(
-                f"precision is {self.precision!r}: the engine samples from the copy that is trained: give bfloat16 or float32"
-            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}: give one of {', '.join(PRECISIONS)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: a group needs answers that differ, give above 0")
 
@@ -178,7 +178,7 @@ class Rounds:
         )
         self.reference: DeepseekV3 | None = None
         if config.grpo.kl > 0:
-            self.reference = copy.deepcopy(trainer.workers.policy).requires_grad_(False)
+            self.reference = frozen_copy(trainer.workers.policy)
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -231,8 +231,7 @@ class Rounds:
             path = self._reference_path(self._reference_round)
             if not path.exists():
                 raise ValueError(f"the reference policy {path} is missing: resume with the run's folder whole")
-            assert self.reference is not None
-            self.reference.load_state_dict(torch.load(path, weights_only=True))
+            self._set_reference(torch.load(path, weights_only=True))
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -328,14 +327,19 @@ class Rounds:
         every = self.config.reference_every
         if every is None or not self._round or self._round % every or self._round == self._reference_round:
             return
-        assert self.reference is not None
-        self.reference.load_state_dict(self.trainer.workers.policy.state_dict())
+        self._set_reference(self.trainer.workers.policy.state_dict())
         if self.trainer.workers.leads:
             path = self._reference_path(self._round)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(self.reference.state_dict(), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
         self._reference_round = self._round
+
+    def _set_reference(self, state: Mapping[str, Any]) -> None:
+        assert self.reference is not None
+        self.reference.load_state_dict(state)
+        for module in fp8_modules(self.reference):
+            module.stale = True
 
     def _reference_path(self, number: int) -> Path:
         return self.folder / "reference" / f"round-{number:08d}.pt"
@@ -387,6 +391,16 @@ class Rounds:
                 if self.config.stop_on_alarm:
                     raise AlarmError(alarm)
         return record
+
+
+def frozen_copy(policy: DeepseekV3) -> DeepseekV3:
+    """The policy as it is now, for good. Methods that were put before a module's own (recomputation) are bound to the policy's
+    modules, and so would be their copies: they are taken off."""
+    copied = copy.deepcopy(policy).requires_grad_(False)
+    for module in copied.modules():
+        for name in [n for n, value in vars(module).items() if callable(value) and hasattr(type(module), n)]:
+            delattr(module, name)
+    return copied
 
 
 def build_rl(
