@@ -40,6 +40,7 @@ from dsv3.kernels.quant import (
     cast_blocks,
     cast_columns,
     cast_tiles,
+    dequantize_blocks,
     dequantize_tiles,
     pack_e5m6,
     retile,
@@ -47,7 +48,7 @@ from dsv3.kernels.quant import (
 )
 from dsv3.kernels.swiglu import swiglu_cast
 from dsv3.model.census import is_fp8_weight
-from dsv3.model.transformer import DeepseekV3, Experts, RMSNorm
+from dsv3.model.transformer import Attention, DeepseekV3, Experts, RMSNorm
 
 # The recipe casts gradients as it casts activations; bench.fp8_evidence puts others in their place to show why.
 cast_gradient, cast_gradient_columns, retile_gradient = cast_tiles, cast_columns, retile
@@ -74,6 +75,8 @@ def swap_fp8(model: DeepseekV3) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm) and path.rpartition(".")[2] in _CAST_NORMS:
             module.__class__ = Fp8RMSNorm
+        elif type(module) is Attention:
+            module.__class__ = Fp8Attention
         if not is_swapped(path, module):
             continue
         if isinstance(module, nn.Linear):
@@ -102,6 +105,7 @@ class Fp8Linear(nn.Module):
         self.weight, self.keep = weight, keep
         self.refresh()
 
+    @torch.inference_mode(False)  # an engine may be the first to need them, the trainer's backward reads them too
     @torch.no_grad()
     def refresh(self) -> None:
         self.cast, self.stale = Fp8(*cast_blocks(self.weight)), False
@@ -126,6 +130,7 @@ class Fp8Experts(nn.Module):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
         self.refresh()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         self.gate_up, self.down = Fp8(*cast_blocks(self.gate_up_proj)), Fp8(*cast_blocks(self.down_proj))
@@ -146,6 +151,18 @@ class Fp8Experts(nn.Module):
         return _experts_down(act, self.down_proj, *cast, *self.down, order, inverse, offsets, weights.shape[-1])
 
 
+class Fp8Attention(Attention):
+    """Attention whose absorbed form, which engines run and no training does, reads kv_b_proj's codes: the matrix that is multiplied
+    in training. Queries and sums of latents stay bfloat16, where the expanded form casts the latents."""
+
+    def _kv_b(self) -> Tensor:
+        swapped = self.kv_b_proj
+        assert isinstance(swapped, Fp8Linear)
+        if swapped.stale:
+            swapped.refresh()
+        return dequantize_blocks(*swapped.cast).unflatten(0, (self.config.num_attention_heads, -1))
+
+
 class Fp8RMSNorm(RMSNorm):
     """RMSNorm whose result brings its tiles along for the Linears that read it."""
 
@@ -159,14 +176,19 @@ def _tiles_of(x: Tensor) -> Fp8:
     """The tiles of x (..., D) as rows, cast once for all that read these very values (gate and up, q_a and kv_a): kept on the
     tensor, or on the one that it is another shape of, and gone with it."""
     held = _root(x).__dict__.get("_dsv3_tiles")
-    if held is None or held[0] != x._version:
+    if held is None or held[0] != _writes(x):
         return _keep_tiles(x, Fp8(*cast_tiles(x.detach().flatten(0, -2))))
     return held[1]
 
 
 def _keep_tiles(x: Tensor, cast: Fp8) -> Fp8:
-    _root(x).__dict__["_dsv3_tiles"] = (x._version, cast)
+    _root(x).__dict__["_dsv3_tiles"] = (_writes(x), cast)
     return cast
+
+
+def _writes(x: Tensor) -> int:
+    """How often x was written to. Inference tensors do not count: no forward writes to what a product has read."""
+    return 0 if x.is_inference() else x._version
 
 
 def _root(x: Tensor) -> Tensor:
