@@ -9,8 +9,9 @@
     none        keeper -> program under rlimits and nothing more: for those who said so.
 
 All three: rlimits, an empty environment, a wall clock, a bound on what it prints and writes. The program's end is told apart
-from an early exit by a secret that is read only after its tests (`_BOOT`). Code that knows this very protocol and runs in the
-tests' own process can still forge it; nothing inside one process can prevent that.
+from an early exit by a secret that is read only after its tests (`_BOOT`). Code that runs in the tests' own process can still
+please them without a right answer: by an object that calls itself equal to all (unittest.mock.ANY is one), or by this very
+protocol. Nothing inside one process can prevent that: where programs are rewarded, look at those that are paid.
 Started with -I -S, so: the standard library, dsv3.evals.confine, no threads. Does not: run on Windows.
 """
 

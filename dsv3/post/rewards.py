@@ -7,7 +7,8 @@
                language consistency)
 
 Written to be hard to please by anything but an answer. Each is tested: an empty answer, one that was cut off, two answers side by
-side, the prompt handed back, the answer in the thought only, a gold that cannot be read.
+side, the prompt handed back, the answer in the thought only, a gold that cannot be read. Not prevented: a program whose answers
+call themselves equal to anything (dsv3.evals.jail).
 An answer that cannot be judged (unreadable gold, a grader that fails) has no reward: it is dropped and counted, and the run goes
 on. Rewarding it is how open-r1 came to pay 1.0 for anything (issue 293).
 `Monitor` watches for a reward that rises while held-out accuracy falls.
