@@ -2,7 +2,8 @@
 
     loss       largest relative difference of the loss over STEPS steps, float32
     gradient   |g - g1| / |g1| over all masters, of the first step, float32
-    tokens/s   of steps in --precision; efficiency: of N processes, against N times one process with as many threads each
+    tokens/s   of steps in --precision
+    efficiency of N processes, against N that take the same steps at the same time and each alone: what the machine has to give
     stall      seconds that a save keeps training waiting: written beside it, and waited for
     recovery   seconds from the death of a rank to the next finished step, under torchrun
 
@@ -43,6 +44,7 @@ from dsv3.train.optim import ScheduleConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 
 STEPS, LENGTH, ROWS, MICRO = 4, 256, 16, 2
+APART = "each process alone"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data, zero1": {},
     "data, fsdp": {"sharding": "fsdp"},
@@ -121,15 +123,23 @@ def work(rank: int, ranks: int, folder: str, device: str, precision: str, rounds
         found[name] = exactness(trainer(meshes[0], Path(folder) / "none", "float32", device))
         runs[name] = trainer(meshes[1], Path(folder) / f"run-{ranks}-{name}", precision, device)
         runs[name].step()
+    if ranks > 1:
+        runs[APART] = trainer(None, Path(folder) / "none", precision, device)
+        runs[APART].step()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            if ranks > 1:
+                dist.barrier()
             begun = time.perf_counter()
             for _ in range(STEPS):
                 run.step()
             times[name].append((time.perf_counter() - begun) / STEPS)
+    apart = statistics.median(times[APART if ranks > 1 else name])
     for name, run in runs.items():
-        found[name]["seconds"] = statistics.median(times[name])
+        if name == APART:
+            continue
+        found[name] |= {"seconds": statistics.median(times[name]), "apart": apart}
         for kind, wait in (("stall_waiting", True), ("stall_beside", False)):
             run.step()
             run.save(wait=wait)
@@ -145,13 +155,16 @@ def together(folder: str, ranks: int) -> dict[str, Any]:
     told = [torch.load(f"{folder}/{ranks}-{rank}.pt", weights_only=False) for rank in range(ranks)]
     merged = {}
     for name in told[0]:
-        merged[name] = {key: max(t[name][key] for t in told) for key in ("seconds", "stall_waiting", "stall_beside")}
+        merged[name] = {
+            key: max(t[name][key] for t in told) for key in ("seconds", "apart", "stall_waiting", "stall_beside")
+        }
         merged[name]["losses"] = told[0][name]["losses"]
         merged[name]["gradients"] = {key: g for t in reversed(told) for key, g in t[name]["gradients"].items()}
     return merged
 
 
 def compare(one: dict[str, Any], other: dict[str, Any], ranks: int) -> dict[str, float]:
+    """A row of the table."""
     losses = zip(one["losses"], other["losses"], strict=True)
     off = sum(float((g - other["gradients"][n]).double().square().sum()) for n, g in one["gradients"].items())
     size = sum(float(g.double().square().sum()) for g in one["gradients"].values())
@@ -159,7 +172,7 @@ def compare(one: dict[str, Any], other: dict[str, Any], ranks: int) -> dict[str,
         "loss": max(abs(a - b) / a for a, b in losses),
         "gradient": (off / size) ** 0.5,
         "tokens_per_s": ROWS * LENGTH / other["seconds"],
-        "efficiency": one["seconds"] / other["seconds"] / ranks,
+        "efficiency": other["apart"] / other["seconds"] / ranks,
         "stall_waiting": other["stall_waiting"],
         "stall_beside": other["stall_beside"],
     }

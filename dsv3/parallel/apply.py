@@ -74,7 +74,8 @@ def parallelize(model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: boo
     """
     if precision == "fp8":
         swap_fp8(model)
-    spread_experts(model, mesh.expert.get_group())
+    if mesh.expert.size() > 1:
+        spread_experts(model, mesh.expert.get_group())
     prepare(model, recompute=recompute, compile_layers=compile_layers)
     shard(model, mesh, precision)
 
