@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.data.chat import ChatFormat
+from dsv3.data.chat import ChatFormat, Rendered
 from dsv3.data.tokenizer import THINK_END
 
 MOST_TOLD = 5  # lines that are told of a kind of fault
@@ -251,7 +251,8 @@ def render_conversations(
     seed: int,
     report: ReadingReport,
 ) -> tuple[Samples, Samples]:
-    """(samples to train on, samples held out). Those that begin alike, up to the first answer, are on one side.
+    """(samples to train on, samples held out). Those that begin alike, up to the first answer, are on one side, whatever their
+    system messages and tools: of a distilled problem both kinds of sample.
 
     Args:
         seq_len: most inputs of a sample, one less than its tokens.
@@ -277,8 +278,7 @@ def render_conversations(
             report.too_long.append(f"{conversation.where} has {len(rendered.ids):,} tokens")
             continue
         report.read += 1
-        first = rendered.mask.index(True)
-        parts[_draw(rendered.ids[:first], seed) < held_out].add(rendered.ids, rendered.mask)
+        parts[_draw(_question(conversation, rendered, chat), seed) < held_out].add(rendered.ids, rendered.mask)
     train, held = (part.samples(name, weight) for part in parts)
     if not len(train):
         cure = f"seq_len {seq_len} is too short for them" if report.too_long else "nothing could be read"
@@ -306,6 +306,14 @@ class _Parts:
             learn=np.concatenate(self._learn) if lengths else np.zeros(0, np.bool_),
             offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64),
         )
+
+
+def _question(conversation: Conversation, rendered: Rendered, chat: ChatFormat) -> list[int]:
+    """Ids of what comes before the first answer, without system messages and tools."""
+    spoken = [message for message in conversation.messages if message.get("role") != "system"]
+    if len(spoken) < len(conversation.messages) or conversation.tools:
+        rendered = chat.render(spoken, generate=False, reasoning=conversation.reasoning)
+    return rendered.ids[: rendered.mask.index(True)]
 
 
 def _draw(ids: Sequence[int], seed: int) -> float:

@@ -172,6 +172,18 @@ def test_what_is_held_out_depends_on_the_question_alone(chat, tmp_path):
     assert not questions[0] & questions[1]
 
 
+def test_a_question_is_on_one_side_whatever_the_system_says(chat, tmp_path):
+    """Distillation makes two samples of a problem, one under a system prompt."""
+    sides = []
+    for system in ({}, {"system": "Think before you answer."}):
+        rows = [pair(f"two plus {i}?", f"answer {i}") | system for i in range(60)]
+        _, held = render(chat, write(tmp_path / "a.jsonl", rows), ReadingReport(), held_out=0.3)
+        parts = [slice(*held.offsets[i : i + 2]) for i in range(len(held))]
+        sides.append({tuple(held.ids[part][held.learn[part]]) for part in parts})
+    assert sides[0] == sides[1]
+    assert len(sides[0]) > 7
+
+
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
