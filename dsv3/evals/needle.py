@@ -3,9 +3,10 @@
     filler | ... The magic number of CITY is 7319204. ... | filler | question
 
 As figure 8 of the V3 report (to 128K tokens). A prompt has its length in tokens as the tokenizer counts, question and needle
-included, BOS not. The engine reads it in chunks (`step_tokens`), so memory is the latent cache (1,152 bytes a token and layer
-at V3's sizes in bfloat16) and one chunk's activations, whatever the length. An answer is right if the first number in it is
-the needle's. Filler: texts of the caller's, repeated, or sentences made here. Does not: train the model that finds it.
+included, BOS not, give or take two where joints merge tokens. The engine reads it in chunks (`step_tokens`), so memory is the
+latent cache (1,152 bytes a token and layer at V3's sizes in bfloat16) and one chunk's activations, whatever the length. An answer
+is right if the first number in it is the needle's. Filler: texts of the caller's, repeated, or sentences made here. Does not:
+train the model that finds it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def needle_task(
 
 
 def grade(item: Item, text: str, tools: Tools) -> dict[str, bool]:
-    """found: the first seven-digit number said is the needle's. contained: it stands somewhere."""
+    """found: the first number said, of four digits or more, is the needle's. contained: it stands somewhere."""
     numbers = re.findall(r"\d{4,}", text.replace(",", ""))
     return {"found": numbers[:1] == [item.gold], "contained": item.gold in numbers}
 

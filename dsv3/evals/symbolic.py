@@ -126,6 +126,7 @@ def main() -> None:
 
     answers.write("ready\n")
     answers.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads what sympy warns of: a full pipe would stop it
     for line in sys.stdin:
         question = json.loads(line)
         told: bool | None = None
