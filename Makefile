@@ -22,6 +22,7 @@ test: .venv/test.stamp browser
 
 bench: .venv/test.stamp
 	$(BIN)/python -m bench.train_step
+	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.moe_scaling
 	$(BIN)/python -m bench.kernels
 
