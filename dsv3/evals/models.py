@@ -11,6 +11,7 @@ Does not: retry a refused request (400); others are tried again with growing wai
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -236,6 +237,21 @@ def windows(
     return [(context, piece) for context, piece in made if piece]
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries a key; none without one.
+
+    Raises:
+        ValueError: no header can hold it. The key is not shown, as an HTTP library's own error would.
+    """
+    if not key or not key.strip():
+        return {}
+    if re.fullmatch(r"[!-~]+", key.strip()) is None:
+        raise ValueError(
+            "the key holds spaces, line breaks or other characters that no header may: see where it is read from"
+        )
+    return {"Authorization": f"Bearer {key.strip()}"}
+
+
 class ApiModel:
     """A server with /v1/completions (and /v1/chat/completions).
 
@@ -251,7 +267,7 @@ class ApiModel:
     ) -> None:  # fmt: skip
         import httpx
 
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = bearer(key)
         self._client = client if client is not None else httpx.Client(timeout=timeout)
         self._headers, self.url, self.model = headers, url.rstrip("/"), model
         self.concurrency, self.tries, self.window = concurrency, tries, window
@@ -339,10 +355,15 @@ class ApiModel:
                 continue
             if answer.status_code == 200:
                 return answer.json()
-            said = f"{answer.status_code} {answer.text[:300]}"
+            said = f"{answer.status_code} {self._masked(answer.text)[:300]}"
             if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
                 break
         raise OSError(f"{self.url}{path}: {said}")
+
+    def _masked(self, text: str) -> str:
+        """A server's words without the key, which some repeat."""
+        key = self._headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
 
 
 def _pieces(text: str, size: int) -> Iterable[tuple[str, str]]:

@@ -28,6 +28,7 @@ from dsv3.data.chat import ChatFormat
 from dsv3.data.reply import Reply as ParsedReply
 from dsv3.data.reply import ReplyParser
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.evals.models import bearer
 from dsv3.infer.engine import Delta, Engine
 from dsv3.infer.sampling import SamplingParams
 
@@ -304,7 +305,7 @@ class HttpTeacher:
             )
         self.url, self.model, self.concurrency, self.tries = url.rstrip("/"), model, concurrency, tries
         self.timeout, self.give_up, self.wait = timeout, give_up, wait
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = bearer(key)
 
     @property
     def name(self) -> str:
@@ -375,13 +376,19 @@ class HttpTeacher:
                     return reply
                 said = f"{self.url} answered what is no reply ({reply})"
                 continue
-            said = f"{self.url} answered {status}: {_message(body)}"
+            told = self._masked(_message(body))
+            said = f"{self.url} answered {status}: {told}"
             if status in _FATAL:
                 raise _Fatal(f"{said}: check URL, model {self.model!r} and key")
             if status < 500 and status not in _AGAIN:
-                return Reply(refused=f"{status}: {_message(body)}")
+                return Reply(refused=f"{status}: {told}")
             pause = _seconds(headers.get("retry-after"))
         raise _Failed(said)
+
+    def _masked(self, text: str) -> str:
+        """A server's words without the key, which some repeat."""
+        key = self._headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
 
     async def _post(self, client: Any, request: Request) -> tuple[int, Any, bytes]:
         sampling = request.sampling

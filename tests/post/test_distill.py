@@ -259,6 +259,25 @@ def test_a_wrong_key_ends_the_asking_at_once_and_stands_in_no_file(tmp_path):
     assert samples_of(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("status", [401, 422, 503])
+def test_a_key_that_the_server_repeats_stands_in_no_file(tmp_path, status):
+    path = problems(tmp_path / "p.jsonl", 2)
+    answer = (status, {"error": {"message": "Incorrect API key provided: sk-secret"}})
+    with serving(FakeTeacher(lambda *_: answer)) as fake:
+        told = run_distill(
+            config_for(path, tmp_path / "out"), teacher=teacher_at(fake, key=" sk-secret\n", concurrency=1)
+        )
+    assert "provided: ***" in json.dumps(told)
+    assert fake.authorization == {"Bearer sk-secret"}
+    assert all("sk-secret" not in file.read_text() for file in (tmp_path / "out").iterdir())
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown():
+    with pytest.raises(ValueError, match="the key holds spaces, line breaks") as refused:
+        HttpTeacher("http://unused", "r1", key="sk-secret\nsk-other")
+    assert "secret" not in str(refused.value)
+
+
 def test_usage_that_is_a_lie_counts_as_untold_and_the_budget_holds(tmp_path):
     path = problems(tmp_path / "p.jsonl", 6)
     lies = {1: {"prompt_tokens": -5, "completion_tokens": "many"}, 3: None, 5: [1]}
