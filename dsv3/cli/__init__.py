@@ -7,6 +7,7 @@ A verb's module is imported when the verb is called, so that `dsv3 --help` needs
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,9 @@ VERBS = {
     "doctor": ("doctor", "Doctor", "check the machines of a run: versions, network, disk, limits, clocks; what to set"),
 }  # in the order of a model's life
 
+TOGETHER = ("pretrain", "sft", "rl", "plan", "doctor")
+"""Verbs that several processes of torchrun may run."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 0: done; 1: a mistake or a full disk, told in one line; 2: no such verb; 130: interrupted."""
@@ -41,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     home, kind, _ = VERBS[name]
     try:
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and name not in TOGETHER:
+            raise ValueError(
+                f"{name} runs in one process, and torchrun started {processes}: only {', '.join(TOGETHER)} run in several"
+            )
         import tyro
 
         module = importlib.import_module(f"dsv3.cli.{home}")

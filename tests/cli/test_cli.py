@@ -1,0 +1,26 @@
+"""The entry point: what it refuses before a verb's module is read."""
+
+import pytest
+
+from dsv3.cli import TOGETHER, VERBS, main
+
+
+def test_a_verb_of_one_process_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit) as ended:
+        main(["distill"])
+    assert ended.value.code == 1
+    assert "distill runs in one process, and torchrun started 4: only pretrain, sft, rl" in capsys.readouterr().err
+
+
+def test_verbs_that_run_together_exist():
+    assert set(TOGETHER) <= VERBS.keys()
+
+
+def test_an_unknown_verb_is_told_with_those_there_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["pretain"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "there is no verb 'pretain'" in told
+    assert all(verb in told for verb in VERBS)
