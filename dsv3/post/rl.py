@@ -327,6 +327,7 @@ class Rounds:
         every = self.config.reference_every
         if every is None or not self._round or self._round % every or self._round == self._reference_round:
             return
+        assert self.reference is not None
         self._set_reference(self.trainer.workers.policy.state_dict())
         if self.trainer.workers.leads:
             path = self._reference_path(self._round)
