@@ -17,7 +17,7 @@ Does not: prefetch, move anything to a device, or mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -80,6 +80,12 @@ class Loader:
         self._weights = _integer_weights([source.weight for source in shards.sources])
         self._counts = [0] * len(shards.sources)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._kept: Callable[[int], range] | None = None
+
+    def keep(self, rows: Callable[[int], range]) -> None:
+        """Read from now on, of a batch of so many rows, only these; the others are zeros, which take neither time nor memory. For
+        one of many processes that see each batch whole and train on a part of it."""
+        self._kept = rows
 
     def next_batch(self, rows: int) -> Batch:
         """The next `rows` rows of the global order, or rather this rank's share of them, rows / world.
@@ -93,13 +99,14 @@ class Loader:
             )
         share = rows // self.world
         mine = range(self.rank * share, (self.rank + 1) * share)
-        picks = []
+        kept = mine if self._kept is None else self._kept(rows)
+        picks: list[tuple[ShardSource, int] | None] = []
         for number in range(rows):
             source = self._next_source()
             count = self._counts[source]
             self._counts[source] += 1
             if number in mine:
-                picks.append((self.shards.sources[source], self._row(source, count)))
+                picks.append((self.shards.sources[source], self._row(source, count)) if number in kept else None)
         return _gather(picks, self.config.seq_len, self.config.extra_tokens)
 
     def check_batch(self, rows: int) -> None:
@@ -225,18 +232,21 @@ def _integer_weights(weights: list[float]) -> list[int]:
     return [int(weight * common) for weight in exact]
 
 
-def _gather(picks: list[tuple[ShardSource, int]], seq_len: int, extra_tokens: int) -> Batch:
+def _gather(picks: Sequence[tuple[ShardSource, int] | None], seq_len: int, extra_tokens: int) -> Batch:
+    """A row a pick; None is a row of zeros."""
     length = seq_len + extra_tokens
-    rows = np.empty((len(picks), length + 1), dtype=np.int64)
-    doc_ids = np.empty((len(picks), length), dtype=np.int64)
-    for i, (source, row) in enumerate(picks):
+    tokens, targets, doc_ids = (np.zeros((len(picks), length), dtype=np.int64) for _ in range(3))
+    for i, pick in enumerate(picks):
+        if pick is None:
+            continue
+        source, row = pick
         start = row * seq_len
-        rows[i] = source.tokens[start : start + length + 1]
+        read = source.tokens[start : start + length + 1]
+        tokens[i], targets[i] = read[:-1], read[1:]
         doc_ids[i] = np.searchsorted(source.offsets, np.arange(start, start + length), side="right") - 1
-    tokens = torch.from_numpy(rows)
     return Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
-        positions=torch.arange(length).expand(len(picks), length).contiguous(),
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        positions=torch.arange(length).expand(len(picks), length),
         doc_ids=torch.from_numpy(doc_ids),
     )

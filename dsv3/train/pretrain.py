@@ -73,6 +73,8 @@ def build_trainer(
         model.init_weights(generator)
         model = model.to(device)
     trainer = Trainer(model, loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation, mesh=mesh)
+    if isinstance(trainer.workers, Together):
+        loader.keep(trainer.workers.rows)
     if isinstance(trainer.workers, Together) and latest_checkpoint(Path(folder)) is None:
         tensors = initial_weights(model_config, generator, dtype=torch.float32, device=torch.device("cpu"))
         trainer.workers.place(tensors)

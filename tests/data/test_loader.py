@@ -56,6 +56,17 @@ def test_rows_are_exact_slices_of_the_stream(seq_len: int, extra: int, size: int
     assert (batch.tokens[:, 0] % 1000 % seq_len == 0).all()
 
 
+def test_rows_that_are_not_kept_are_zeros_and_change_no_other() -> None:
+    whole, part = (Loader(make_shards([90, 80]), LoaderConfig(seq_len=5, extra_tokens=1)) for _ in range(2))
+    part.keep(lambda rows: range(rows // 2, rows))
+    for rows in (4, 6):
+        every, mine = whole.next_batch(rows), part.next_batch(rows)
+        for name in ("tokens", "targets", "doc_ids"):
+            assert torch.equal(getattr(mine, name)[rows // 2 :], getattr(every, name)[rows // 2 :])
+            assert not getattr(mine, name)[: rows // 2].any()
+    assert whole.state_dict() == part.state_dict()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 9), sizes=st.lists(st.integers(12, 90), min_size=1, max_size=3), data=st.data())
 def test_every_epoch_visits_each_row_of_a_source_once(seed: int, sizes: list[int], data: st.DataObject) -> None:
