@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from dsv3.model.config import ModelConfig
 
@@ -33,6 +33,10 @@ class ParallelConfig:
         Raises:
             ValueError: with the sizes that would.
         """
+        for name, value in (("sharding", self.sharding), ("schedule", self.schedule)):
+            known = get_args(get_type_hints(ParallelConfig)[name])
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         if self.pipeline < 1 or self.expert < 1:
             raise ValueError(f"pipeline {self.pipeline} and expert {self.expert} must be at least 1")
         if self.pipeline > 1 and self.schedule != "1f1b" and self.sharding == "fsdp":

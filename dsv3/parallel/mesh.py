@@ -63,6 +63,11 @@ class Mesh:
         return self.pipeline.get_local_rank()
 
     @property
+    def neighbours(self) -> int:
+        """Processes of this machine, this one among them; all, where the launcher does not tell."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+
+    @property
     def leads(self) -> bool:
         """Whether this is the one process that writes and prints."""
         return self.rank == 0

@@ -8,6 +8,7 @@
     refresh    the optimizer has moved the masters: what forwards read follows
     hidden     states to measure, in the ranks that have the head; `gather` adds up what these found
     policy     the whole model to generate with, `publish`ed when the masters have moved; `share` and `everyone` divide the work
+    leading    what the first process has, where all must go by the same
 
 `Alone` is one process with a compute copy (apply.py). `Together` is a mesh of them: experts spread (expert.py), the rest sharded
 (fsdp.py), layers dealt out to a pipeline's ranks (pipeline.py). Does not: know objectives, loaders or optimizers.
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, cast
 
@@ -32,6 +34,8 @@ from dsv3.parallel.fsdp import before_backward, local, settle, whole_view
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import Pipeline, micro_batches
 from dsv3.parallel.stage import Stage, as_placed, router_rows, split
+
+_PATIENCE = timedelta(hours=24)  # of processes whose share of some work is done, for those that are at it yet
 
 
 class Alone:
@@ -114,6 +118,10 @@ class Alone:
         """What all processes made of their parts."""
         return [mine]
 
+    def leading(self, mine: Any) -> Any:
+        """What the first process made of something that all look at."""
+        return mine
+
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """Of (L, E) counts of all routers, those of each part's."""
         return [(self.model, counts)]
@@ -194,9 +202,14 @@ class Together:
                     f"of {rows} rows each of {self.mesh.data_size} data ranks takes {size}: {error}"
                 ) from None
             return [slice(rank * size + m.start, rank * size + m.stop) for m in micros]
-        begin, end = min(rows, rank * size), min(rows, (rank + 1) * size)
-        starts = [begin + i for i in range(0, size, micro_batch)]
-        return [slice(min(s, end), min(s + micro_batch, end)) for s in starts]
+        mine = self.rows(rows, rank)
+        starts = [mine.start + i for i in range(0, size, micro_batch)]
+        return [slice(min(s, mine.stop), min(s + micro_batch, mine.stop)) for s in starts]
+
+    def rows(self, number: int, rank: int | None = None) -> range:
+        """Those of a batch of so many that `part` cuts into micro-batches."""
+        size, rank = -(-number // self.mesh.data_size), self.mesh.data_rank if rank is None else rank
+        return range(min(number, rank * size), min(number, (rank + 1) * size))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         before_backward(cast(FSDPModule, self.model), self.mesh, last)
@@ -271,8 +284,19 @@ class Together:
     def everyone(self, mine: Any) -> list[Any]:
         """See Alone; in the order of ranks."""
         told: list[Any] = [None] * self.mesh.world
-        dist.all_gather_object(told, mine)
+        dist.all_gather_object(told, mine, group=self._patient)
         return told
+
+    def leading(self, mine: Any) -> Any:
+        """See Alone."""
+        told = [mine]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    @cached_property
+    def _patient(self) -> dist.ProcessGroup:
+        """For shares of work that end hours apart, as those of long answers do; made by all at once, as it is used."""
+        return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """See Alone."""

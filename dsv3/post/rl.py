@@ -459,7 +459,7 @@ def run_rl(
     trainer, rounds = build_rl(model, tokenizer, tasks, config, folder, sandbox=sandbox, mesh=mesh)
     start = folder / "start.json"
     leads = trainer.workers.leads
-    if latest_checkpoint(folder) is None:
+    if trainer.newest() is None:
         found = rounds.evaluate()
         if leads:
             folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.model import folder as disk
@@ -81,7 +82,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"{checkpoint} holds a model but no training state ({path.name} is missing): start from its weights instead"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {_instead(checkpoint)}") from None
 
 
 def training_tensors(holder: Holder, optimizer: AdamW) -> list[tuple[str, Tensor]]:
@@ -106,40 +110,56 @@ def load_training(checkpoint: Path, holder: Holder, optimizer: AdamW) -> None:
     """Fill the masters, router biases and optimizer moments in place, bit for bit. With several processes all call it.
 
     Raises:
-        ValueError: a file of it is not what was written; on every process.
+        ValueError: a file of it is not what was written, or it lacks a tensor; on every process.
     """
     _verify(checkpoint, holder.mesh is not None)
     named = training_tensors(holder, optimizer)
     tensors = dict(reversed(named))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks that no process group exists, where there is one process
-        dcp.load(tensors, checkpoint_id=checkpoint / TENSORS, no_dist=holder.mesh is None)
+        try:
+            dcp.load(tensors, checkpoint_id=checkpoint / TENSORS, no_dist=holder.mesh is None)
+        except CheckpointException as error:
+            raise ValueError(f"{checkpoint} is not readable as this run's: {cause(error)}") from None
     for name, tensor in named:
         if tensor is not tensors[name]:
             local(tensor).copy_(local(tensors[name]))
 
 
+def cause(error: CheckpointException) -> Exception:
+    """What went wrong, of the library's report of all processes (which is no Exception): the disk's doing first, an OSError."""
+    faults = [(rank, fault) for rank, (fault, _) in sorted(error.failures.items(), key=lambda found: found[0])]
+    for rank, fault in faults:
+        if isinstance(fault, OSError):
+            return OSError(fault.errno, f"{fault.strerror or fault}, process {rank}")
+    rank, fault = faults[0]
+    return RuntimeError(f"process {rank}: {type(fault).__name__}: {fault}")
+
+
 def _verify(checkpoint: Path, together: bool) -> None:
     """Compare the files with their sha256, each process some of them. Checkpoints of earlier versions have none."""
     folder = checkpoint / TENSORS
-    if not (folder / CHECKSUMS).exists():
-        return
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    expected = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
-    damaged = [
-        name for name, digest in expected[rank::world]
-        if not (folder / name).exists() or disk.sha256(folder / name) != digest
-    ]  # fmt: skip
+    try:
+        expected = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
+        paths = {name: checkpoint / name if name == STATE else folder / name for name, _ in expected}
+        damaged = [
+            name for name, digest in expected[rank::world]
+            if not paths[name].exists() or disk.sha256(paths[name]) != digest
+        ]  # fmt: skip
+    except (FileNotFoundError, ValueError):
+        damaged = [CHECKSUMS] if "checksums" in read_state(checkpoint) or (folder / CHECKSUMS).exists() else []
     if together:
         told: list[list[str]] = [[] for _ in range(world)]
         dist.all_gather_object(told, damaged)
-        damaged = [name for names in told for name in names]
+        damaged = sorted({name for names in told for name in names})
     if damaged:
-        others = ", ".join(path.name for path in checkpoints(checkpoint.parent.parent) if path != checkpoint)
-        raise ValueError(
-            f"{folder}: {', '.join(damaged)} is not what was written (sha256): remove {checkpoint.name}, the run goes on from "
-            f"the checkpoint before it ({others or 'there is none'})"
-        )
+        raise ValueError(f"{folder}: {', '.join(damaged)} is not what was written (sha256): {_instead(checkpoint)}")
+
+
+def _instead(checkpoint: Path) -> str:
+    others = ", ".join(path.name for path in checkpoints(checkpoint.parent.parent) if path != checkpoint)
+    return f"remove {checkpoint.name}, the run goes on from the checkpoint before it ({others or 'there is none'})"
 
 
 def consolidate(
@@ -178,7 +198,10 @@ def consolidate(
             last[piece.memory] = torch.empty(about.size, dtype=about.properties.dtype)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load({f"model.{piece.memory}": last[piece.memory]}, storage_reader=reader, no_dist=True)
+                try:
+                    dcp.load({f"model.{piece.memory}": last[piece.memory]}, storage_reader=reader, no_dist=True)
+                except CheckpointException as error:
+                    raise ValueError(f"{checkpoint} is damaged at {piece.memory}: {cause(error)}") from None
         return last[piece.memory][piece.index]
 
     write_checkpoint(

@@ -1,7 +1,7 @@
 """Writing checkpoints beside the training: what is to be written is copied, and a thread writes the copy.
 
     all processes    copy their shards -> torch.distributed.checkpoint -> checksums of their files
-    the first        model files if they are due -> training.json -> sync -> rename -> older checkpoints go
+    the first        model files if they are due -> checksums.json, training.json -> sync -> rename -> older checkpoints go
 
 Training goes on meanwhile; the next save waits for the one before. Where a copy would not fit into memory (the state on a CPU
 is as large as training itself) the thread is waited for instead. The processes meet in a group of their own, so that a
@@ -11,6 +11,8 @@ Does not: know what is in a checkpoint (checkpoint.py).
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from dsv3.data.tokenizer import Tokenizer
@@ -34,7 +38,7 @@ from dsv3.model.lora import LoraConfig, merged_state, save_adapters
 from dsv3.model.weights import save_checkpoint, write_config
 from dsv3.parallel.fsdp import local
 from dsv3.parallel.workers import Workers
-from dsv3.train.checkpoint import CHECKSUMS, STATE, TENSORS, checkpoints, consolidate, training_tensors
+from dsv3.train.checkpoint import CHECKSUMS, STATE, TENSORS, cause, checkpoints, consolidate, training_tensors
 from dsv3.train.optim import AdamW
 
 _PATIENCE = timedelta(hours=24)  # of the processes that wait for the first one's model files
@@ -80,7 +84,9 @@ class Saver:
         target = self.run / "checkpoints" / f"step-{state['step']:08d}"
         if not target.exists():
             tensors = dict(reversed(training_tensors(self.workers, self.optimizer)))
-            beside = not wait and self.lora is None and _has_room(tensors)  # adapters' files are made of the live model
+            mesh = self.workers.mesh
+            room = _has_room(tensors, 1 if mesh is None else mesh.neighbours)
+            beside = not wait and self.lora is None and room  # adapters' files are made of the live model
             if beside:
                 tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
             self._thread = threading.Thread(
@@ -108,24 +114,30 @@ class Saver:
     def _guarded(self, target: Path, *args: Any) -> None:
         try:
             self._write(target, *args)
-        except OSError as error:
-            free = shutil.disk_usage(self.run).free
+        except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(next(path for path in target.absolute().parents if path.exists())).free
+            number, text = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or error
             self._fault = OSError(
-                error.errno,
-                f"checkpoint {target.name} could not be written ({error.strerror or error}; {free:,} bytes free): "
+                number,
+                f"checkpoint {target.name} could not be written ({text}; {free:,} bytes free): "
                 "make room and resume; the checkpoints before it are whole",
             )
         except BaseException as error:
             self._fault = error
         if self._fault is not None and self.workers.leads:
-            shutil.rmtree(_temporary(target), ignore_errors=True)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """What was begun and not ended, here or by a process that was killed."""
+        for rest in (*self.run.glob("checkpoints/.tmp-*"), *self.run.glob("checkpoints/.old-*")):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def _write(self, target: Path, tensors: dict[str, Tensor], state: dict[str, Any], whole: bool) -> None:
         temporary, folder = _temporary(target), _temporary(target) / TENSORS
 
         def begin() -> None:
             if self.workers.leads:
-                shutil.rmtree(temporary, ignore_errors=True)
+                self._sweep()
                 self._write_model(temporary, tensors, whole)
                 folder.mkdir()
 
@@ -134,7 +146,10 @@ class Saver:
                 warnings.simplefilter(
                     "ignore"
                 )  # torch remarks that no process group exists, where there is one process
-                dcp.save(tensors, checkpoint_id=folder, process_group=self.group, no_dist=self.group is None)
+                try:
+                    dcp.save(tensors, checkpoint_id=folder, process_group=self.group, no_dist=self.group is None)
+                except CheckpointException as error:  # which every process gets, and is no Exception
+                    raise cause(error) from None
             rank = 0 if self.group is None else dist.get_rank()
             names = [f"__{rank}_*", *([".metadata"] if self.workers.leads else [])]
             return {path.name: disk.sha256(path) for name in names for path in folder.glob(name)}
@@ -142,14 +157,22 @@ class Saver:
         def finish() -> None:
             if not self.workers.leads:
                 return
-            content = json.dumps({name: digest for mine in written for name, digest in mine.items()}, indent=1)
-            (folder / CHECKSUMS).write_text(content, encoding="utf-8")
+            digests = {name: digest for mine in written for name, digest in mine.items()}
+            if unseen := [name for name in digests if not (folder / name).exists()]:
+                raise ValueError(
+                    f"the first process does not see {len(unseen)} of {len(digests)} files that others wrote to {folder} "
+                    f"({unseen[0]}): give a folder that all machines share"
+                )
             complete = self._consolidate(temporary) if whole and self.group is not None else temporary
-            (complete / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            content = json.dumps({**state, "checksums": True}, indent=1).encode()
+            (complete / STATE).write_bytes(content)
+            digests[STATE] = hashlib.sha256(content).hexdigest()
+            (complete / TENSORS / CHECKSUMS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
             _sync(complete)
             os.replace(complete, target)
+            _sync_one(target.parent)
             for old in checkpoints(self.run)[: -self.keep_last]:
-                shutil.rmtree(old)
+                _remove(old)
 
         self._all(begin)
         written = self._all(write)
@@ -203,9 +226,18 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".tmp-{target.name}")
 
 
-def _has_room(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a copy takes at most half of the memory that is free."""
-    needed = sum(local(tensor).nbytes for tensor in tensors.values())
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: killed in the middle, no half of it passes for a checkpoint. The rest goes at the next save."""
+    aside = checkpoint.with_name(f".old-{checkpoint.name}")
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_room(tensors: Mapping[str, Tensor], processes: int) -> bool:
+    """Whether a copy, and one of each other process of this machine, takes at most half of the memory that is free."""
+    needed = sum(local(tensor).nbytes for tensor in tensors.values()) * processes
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return False
     return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
@@ -218,9 +250,13 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -289,6 +289,11 @@ def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say:
     first, last = config.rates
     steps, rest = divmod(loader.total_rows, config.batch_size)
     if rest and mesh is not None and mesh.config.pipeline > 1:
+        if not steps:
+            raise ValueError(
+                f"{rest} rows do not fill a batch of {config.batch_size}, and a pipeline's batches are whole: lower batch_size, "
+                "give more epochs or data, or take pipeline 1"
+            )
         say(f"the last {rest} rows are left out: a pipeline's batches are whole")
     elif rest:
         steps += 1

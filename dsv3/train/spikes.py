@@ -196,13 +196,13 @@ class SpikeGuard:
 
     def __init__(self, folder: Path, config: SpikeConfig | None = None) -> None:
         self.folder, self.config = Path(folder), config or SpikeConfig()
-        self._learn([])
+        self.learn([])
 
     def recall(self, step: int) -> None:
         """Be where a guard is that saw this run up to `step`: when it is resumed."""
         path = self.folder / "metrics.jsonl"
         records = read_metrics(path) if path.exists() else []
-        self._learn([(r["step"], r["loss"]) for r in records if r["step"] <= step])
+        self.learn([(r["step"], r["loss"]) for r in records if r["step"] <= step])
 
     def see(self, record: Mapping[str, Any]) -> Spike | None:
         """Take in a step's record; a spike when it has lasted."""
@@ -235,7 +235,7 @@ class SpikeGuard:
             SpikeError: there were `most` skips from that checkpoint.
         """
         workers.barrier()
-        found = self._way_back(spike, rows)
+        found = workers.leading(self._way_back(spike, rows))
         workers.barrier()  # every rank has looked
         if found is None:
             if spike.error is not None:
@@ -249,18 +249,19 @@ class SpikeGuard:
                     os.replace(later, aside)
             _write_skips(self.folder, [*read_skips(self.folder), found.skip])
         workers.barrier()
-        self._learn([(step, loss) for step, loss in self._history if step <= found.skip.to_step])
+        self.learn([(step, loss) for step, loss in self.history if step <= found.skip.to_step])
         return found
 
-    def _learn(self, history: list[tuple[int, float]]) -> None:
-        self._history: list[tuple[int, float]] = []
+    def learn(self, history: list[tuple[int, float]]) -> None:
+        """Be where a guard is that saw these (step, loss)."""
+        self.history: list[tuple[int, float]] = []
         self._good: deque[float] = deque(maxlen=self.config.window)
         self._high: list[tuple[int, float]] = []  # the high losses in a row, up to now
         for step, loss in history:
             self._take(step, loss)
 
     def _take(self, step: int, loss: float) -> None:
-        self._history.append((step, loss))
+        self.history.append((step, loss))
         if not math.isfinite(loss) or (len(self._good) >= self.config.least and loss > self._limit()):
             self._high.append((step, loss))
         else:

@@ -37,6 +37,7 @@ from dsv3.parallel.pipeline import Pipeline
 from dsv3.parallel.workers import assemble
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import differences, latest_checkpoint, load_training, read_state
+from dsv3.train.claim import claimed
 from dsv3.train.health import HealthMonitor
 from dsv3.train.loss import Losses, Objective, Portions, PretrainObjective, RowLoader, Rows, SplitObjective, Step
 from dsv3.train.metrics import Console, MetricsLog, expert_load, measure_peak
@@ -285,7 +286,7 @@ class Trainer:
         if (bad := self.workers.total(bad)).any():
             self.workers.abandon()
             ranks = bad.nonzero().flatten().tolist()
-            micros = [self.workers.part(rows, rows, rank=rank)[0] for rank in ranks]
+            micros = [micro for rank in ranks for micro in self.workers.part(rows, self.config.micro_batch, rank)]
             raise NonFiniteError(
                 f"loss is not finite on data ranks {ranks} {self._where(micros[0].start, micros[-1].stop)}"
             )
@@ -332,15 +333,14 @@ class Trainer:
 
         Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
         """
-        resumed = latest_checkpoint(self.folder) if resume else None
-        if resumed is not None:
-            self.restore(resumed)
-        schedule, leads = self.config.schedule, self.workers.leads
-        end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
-        share = self._peak_share() if leads else lambda tokens_per_s: 0.0
-        if self.guard is not None:
-            self.guard.recall(self.step_index)
         with ExitStack() as stack:
+            stack.enter_context(claimed(self.folder, self.workers))
+            if resumed := self.newest() if resume else None:
+                self.restore(resumed)
+            self._recall()
+            schedule, leads = self.config.schedule, self.workers.leads
+            end = min(schedule.steps, self.step_index + (self.config.max_steps or schedule.steps))
+            share = self._peak_share() if leads else lambda tokens_per_s: 0.0
             interrupted = stack.enter_context(_interruptible())
             stack.callback(self.saver.wait)
             log = stack.enter_context(MetricsLog(self.folder, resume_step=self.step_index)) if leads else None
@@ -403,9 +403,33 @@ class Trainer:
                 say(f"warning, step {spike.step}: {spike.why}; there is no checkpoint before it to go back to")
             return False
         self.loader.reload()
+        self.loader.skips = self.workers.leading(self.loader.skips)  # a network's folder may show others an older file
         self.restore(back.checkpoint)
         say(str(back))
         return True
+
+    def newest(self) -> Path | None:
+        """The checkpoint that a run goes on from.
+
+        Raises:
+            ValueError: the processes do not see the same.
+        """
+        mine = latest_checkpoint(self.folder)
+        seen = self.workers.everyone(mine.name if mine else None)
+        if other := [rank for rank, name in enumerate(seen) if name != seen[0]]:
+            raise ValueError(
+                f"process 0 sees {seen[0] or 'no checkpoint'} as the newest in {self.folder}, process {other[0]} "
+                f"{seen[other[0]] or 'none'}: give a folder that all machines share, or start again when they do"
+            )
+        return mine
+
+    def _recall(self) -> None:
+        """What the run's files say of the steps before, to every process as the first reads it."""
+        if self.guard is not None:
+            assert isinstance(self.loader, Skipping)
+            self.guard.recall(self.step_index)
+            self.guard.learn(self.workers.leading(self.guard.history))
+            self.loader.skips = self.workers.leading(self.loader.skips)
 
     def _peak_share(self) -> Callable[[float], float]:
         """Tokens a second -> share of the machine's matmul rate, of all processes together."""

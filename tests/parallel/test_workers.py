@@ -1,6 +1,7 @@
 """Several processes take the steps that one takes: losses, gradients, weights, router biases."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.fsdp import local
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.workers import Alone
+from dsv3.parallel.workers import Alone, Together
+from dsv3.train.trainer import NonFiniteError
 from tests.model.tiny import TINY
 from tests.parallel.ranks import run_ranks
 from tests.parallel.small import small_trainer
@@ -134,9 +137,38 @@ def test_rows_that_do_not_divide_leave_ranks_empty_and_change_nothing(tmp_path):
         torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(one["loss"]), rtol=2e-5, atol=1e-6)
 
 
+def break_down(_group: Any, degrees: dict[str, Any], folder: str) -> str:
+    run = small_trainer(Path(folder), Mesh(ParallelConfig(**degrees), TINY))
+    part = run.workers.parts[-1]
+    if part.lm_head is not None:
+        with torch.no_grad():
+            local(part.lm_head.weight)[:1] = float("nan")
+    with pytest.raises(NonFiniteError) as raised:
+        run.step()
+    return str(raised.value)
+
+
+def test_a_loss_that_is_no_number_is_one_error_of_all_ranks_of_a_pipeline(tmp_path):
+    for told in run_ranks(break_down, 2, tmp_path / "ranks", {"pipeline": 2}, str(tmp_path / "run")):
+        assert "loss is not finite on data ranks [0] at step 1, batch rows 0 to 7" in told
+
+
 def test_micro_batches_of_a_batch_cover_it_once():
     run = object.__new__(Alone)
     assert run.part(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 17])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_the_rows_that_a_rank_reads_are_those_of_its_micro_batches(rows, ranks):
+    run = object.__new__(Together)
+    run.pipeline, read = None, []
+    for rank in range(ranks):
+        run.mesh = SimpleNamespace(data_size=ranks, data_rank=rank)
+        micros = run.part(rows, 2)
+        assert [row for micro in micros for row in range(micro.start, micro.stop)] == list(run.rows(rows))
+        read += run.rows(rows)
+    assert read == list(range(rows))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +178,7 @@ def test_micro_batches_of_a_batch_cover_it_once():
         ({"pipeline": 3}, 4, "no multiple of pipeline 3"),
         ({"expert": 2}, 3, "start 2 or a multiple"),
         ({"expert": 0}, 1, "at least 1"),
+        ({"sharding": "zero3"}, 2, "sharding is 'zero3': choose one of zero1, fsdp"),
         ({"pipeline": 2, "schedule": "dualpipev", "sharding": "fsdp"}, 2, "take sharding 'zero1', or schedule '1f1b'"),
         ({"expert": 2}, 6, "do not divide over 3 replicas.*start 4 processes"),
     ],

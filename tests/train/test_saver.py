@@ -1,7 +1,11 @@
 """Checkpoints written and read by any number of processes in any layout; beside the training; damaged ones."""
 
 import json
+import resource
+import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from dsv3.model.weights import load_model
 from dsv3.parallel.degrees import ParallelConfig
 from dsv3.parallel.mesh import Mesh
 from dsv3.train.checkpoint import checkpoints, consolidate, latest_checkpoint, training_tensors
+from dsv3.train.saver import _has_room
 from dsv3.train.trainer import Trainer
 from tests.model.tiny import TINY
 from tests.parallel.ranks import run_ranks
@@ -161,3 +166,116 @@ def test_a_damaged_checkpoint_is_refused_and_named(tmp_path):
         run.restore(newest)
     assert fingerprint(run.model) == before
     run.restore(checkpoints(tmp_path)[0])
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses more, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("models", [0.5, 2], ids=["of the model's file", "of the shards"])
+def test_a_write_that_the_kernel_refuses_is_an_error_of_the_disk_with_its_cure(tmp_path, models):
+    run = small_trainer(tmp_path)
+    run.step()
+    good = run.save()
+    run.step()
+    with (
+        files_of_at_most(int(models * (good / "model.safetensors").stat().st_size)),
+        pytest.raises(OSError, match=r"step-00000002 could not be written .*bytes free.: make room and resume"),
+    ):
+        run.save()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def fill_up(_group: Any, folder: str) -> str:
+    mesh = Mesh(ParallelConfig(), TINY)
+    run = small_trainer(Path(folder), mesh)
+    run.step()
+    with files_of_at_most(30_000 if mesh.rank == 1 else 1 << 40), pytest.raises(OSError, match="make room") as raised:
+        run.save()
+    unshared = Path(folder) / f"of rank {mesh.rank}"
+    run.saver.run = unshared
+    unshared.mkdir()
+    with pytest.raises((ValueError, RuntimeError), match="give a folder that all machines share"):
+        run.save()
+    assert not checkpoints(unshared)
+    (unshared / "checkpoints" / f"step-0000000{mesh.rank}").mkdir(parents=True)
+    run.folder = unshared
+    with pytest.raises(ValueError, match=r"process 0 sees step-00000000 as the newest in .*, process 1 step-00000001"):
+        run.run()
+    return str(raised.value)
+
+
+@pytest.mark.dist
+def test_what_fails_on_one_process_is_told_on_all(tmp_path):
+    """A disk that fills up on one; folders that are not shared."""
+    for told in run_ranks(fill_up, 2, tmp_path / "ranks", str(tmp_path / "run")):
+        assert "process 1" in told
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_killed_while_an_old_checkpoint_goes_no_half_of_it_passes_for_one(tmp_path, monkeypatch):
+    run, remove, killed = small_trainer(tmp_path, keep_last=2), shutil.rmtree, []
+
+    def dies(path: Path, **options: Any) -> None:
+        if path.name.endswith("step-00000001") and (path / "training.json").exists() and not killed:
+            killed.append(path)
+            (path / "training.json").unlink()
+            raise RuntimeError("killed")
+        remove(path, **options)
+
+    monkeypatch.setattr("dsv3.train.saver.shutil.rmtree", dies)
+    for _ in range(2):
+        run.step()
+        run.save()
+    run.step()
+    with pytest.raises(RuntimeError, match="killed"):
+        run.save()
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "3"]
+    run.step()
+    run.save()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("damage", ["checksums gone", "checksums torn", "state changed", "state torn"])
+def test_a_damaged_record_of_a_checkpoint_is_refused(tmp_path, damage):
+    run = small_trainer(tmp_path)
+    run.step()
+    checkpoint = run.save()
+    sums, state = checkpoint / "training" / "checksums.json", checkpoint / "training.json"
+    if damage == "checksums gone":
+        sums.unlink()
+    elif damage == "checksums torn":
+        sums.write_text(sums.read_text()[:-20])
+    elif damage == "state changed":
+        state.write_text(state.read_text().replace('"rows": 1', '"rows": 3'))
+    else:
+        state.write_text(state.read_text()[:-20])
+    with pytest.raises(
+        ValueError, match=r"(checksums|training)\.json is (not what was written|damaged).*remove step-00000001"
+    ):
+        run.restore(checkpoint)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tmp_path):
+    run = small_trainer(tmp_path)
+    run.step()
+    checkpoint = run.save()
+    run.workers.parts[0].register_buffer("more", torch.zeros(3))
+    with pytest.raises(ValueError, match=r"step-00000001 is not readable as this run's: .*model\.more"):
+        run.restore(checkpoint)
+
+
+def test_a_copy_is_made_where_those_of_all_processes_of_the_machine_fit(monkeypatch):
+    tensors = {"x": torch.zeros(1000)}
+    monkeypatch.setattr("dsv3.train.saver.os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 1000}[name])
+    assert _has_room(tensors, 1)
+    assert not _has_room(tensors, 2)
+    monkeypatch.setattr("dsv3.train.saver.os.sysconf_names", {})
+    assert not _has_room(tensors, 1)
