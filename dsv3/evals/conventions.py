@@ -148,10 +148,18 @@ def choose(scores: Sequence[float], lengths: Sequence[int] | None = None) -> int
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
+def python_blocks(text: str, *, closed: bool = False) -> list[str]:
+    """What stands in code fences that name Python or nothing, in order; those of other languages are passed over whole.
+    closed: an opened fence that is not closed is none; else it runs to the end."""
+    end = r"```" if closed else r"(?:```|\Z)"
+    found = re.findall(rf"```([^\n`]*)\n(.*?){end}", text, re.DOTALL)
+    return [code for name, code in found if name.strip().lower() in ("", "python", "py", "python3")]
+
+
 def humaneval_programs(prompt: str, entry_point: str, text: str) -> dict[str, str]:
     """What each convention would run for a response: a whole program each, to be followed by the item's tests."""
     cut = min((at for stop in STOPS if (at := text.find(stop)) >= 0), default=len(text))
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    blocks = python_blocks(text)
     first = blocks[0] if blocks else text
     body = first[first.find(":\n    ") + 2 :] if ":\n    " in first else first
     defines = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)

@@ -25,13 +25,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv3.evals.conventions import python_blocks
 from dsv3.evals.grade import UnreadableGold, boxes, math_equal
 from dsv3.evals.sandbox import Program, Sandbox
 from dsv3.post.tasks import Problem
 
 ANSWERS = ("whole", "boxed", "tag")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _ECHO = 12  # characters from which a prompt found in an answer is an echo, and no accident
 
 
@@ -145,7 +145,7 @@ class Rewarder:
         if answered is None:
             return False, "its thought has no end"
         if problem.kind == "code":
-            programs = _CODE.findall(answered)
+            programs = python_blocks(answered, closed=True)
             if not programs:
                 return False, "no program in a closed code block"
             assert self.sandbox is not None

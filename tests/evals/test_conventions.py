@@ -122,7 +122,7 @@ def written(item: dict) -> dict[str, str]:
     return {
         "completion": item["canonical_solution"] + "\n\ndef unrelated(:\n    pass",
         "first block": f"Sure!\n```python\n{whole}```\nThat adds. ```python\nbroken(\n```",
-        "whole module": f"Sure! Run\n```python\nprint(1)\n```\n```python\n{whole}```\nIt works.",
+        "whole module": f"Sure! Run\n```bash\npython a.py\n```\nor\n```python\nprint(1)\n```\n```python\n{whole}```\nIt works.",
     }
 
 

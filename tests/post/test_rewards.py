@@ -173,6 +173,7 @@ def test_code_is_paid_for_passing_tests_alone():
     good = "def add(a, b):\n    return a + b\n"
     assert code(f"Here:\n```python\n{good}```")[0] == 1.0
     assert code(f"```python\n{good}```\nBetter:\n```python\npass\n```")[0] == 0.0  # the last block counts
+    assert code(f"```bash\npython a.py\n```\nruns\n```python\n{good}```\n```text\n3\n```\nis printed")[0] == 1.0
     assert code(good)[0] == 0.0  # no block
     assert code(f"```python\n{good}")[0] == 0.0  # never closed
     assert code("")[0] == 0.0
