@@ -61,9 +61,9 @@ def mend(client: OpenAI, model: str, program: str, tests: str, tries: int = 4) -
 
 
 def code_in(answer: str) -> str | None:
-    """The last fenced block of an answer."""
-    blocks = re.findall(r"```(?:python|py)?\n(.*?)```", answer, re.DOTALL)
-    return blocks[-1] if blocks else None
+    """The last fenced block of an answer that names Python or nothing."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", answer, re.DOTALL)
+    return next((code for name, code in reversed(blocks) if name in ("", "python", "py")), None)
 
 
 if __name__ == "__main__":

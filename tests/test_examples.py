@@ -94,6 +94,12 @@ def test_the_coder_fills_the_hole():
         example("coder").fill(client, "m", "x = 1")
 
 
+def test_the_coder_finds_the_program_behind_other_blocks():
+    answer = "Run\n```bash\npython a.py\n```\non\n```python\nx = 1\n```\nto see\n```text\n1\n```\n"
+    assert example("coder").code_in(answer) == "x = 1\n"
+    assert example("coder").code_in("no block") is None
+
+
 def test_the_coder_mends_until_the_tests_pass_and_no_longer():
     good = "def add(a, b):\n    return a + b\n"
     client, asked = scripted(
