@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +75,7 @@ class Eval:
 def evaluate(verb: Eval) -> None:
     from dsv3.evals.sandbox import SandboxError
 
+    _refuse_unheard(verb)
     try:
         if verb.compare:
             _compare(verb.compare)
@@ -84,6 +85,30 @@ def evaluate(verb: Eval) -> None:
             _run(verb)
     except SandboxError as error:
         raise ValueError(str(error)) from error
+
+
+def _refuse_unheard(verb: Eval) -> None:
+    """
+    Raises:
+        ValueError: an option was given that what is asked for does not look at.
+    """
+    given = {f.name for f in fields(verb) if getattr(verb, f.name) != f.default}
+    engine = {"cache_gb", "dtype", "device"}
+    if verb.compare:
+        how, unheard = "--compare", given - {"compare"}
+    elif verb.harness:
+        how, unheard = "--harness", given - {"harness", "model_at", "limit", "shots"} - engine
+    elif verb.model_at.startswith(("http://", "https://")):
+        how, unheard = "a URL", given & (engine | {"lengths"})
+    else:
+        how, unheard = "a checkpoint", given & {"model", "concurrency"}
+    if not unheard and "needle" not in verb.tasks:
+        how, unheard = ", ".join(verb.tasks), given & {"lengths"}
+    if not unheard and verb.tasks == ("needle",):
+        how, unheard = "needle", given & {"data", "shots", "shots_data", "limit"}
+    if unheard:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unheard))
+        raise ValueError(f"{how} does not look at {names}: leave it out")
 
 
 def _run(verb: Eval) -> None:
@@ -160,7 +185,7 @@ def _open(verb: Eval) -> tuple[Model, list[Task]]:
             raise ValueError(
                 f"--lengths {verb.lengths} are all beyond the model's context of {most + 64}: give shorter ones"
             )
-        tasks.append(needle_task(tokenizer, lengths=lengths, chat=verb.chat))
+        tasks.append(needle_task(tokenizer, lengths=lengths, chat=verb.chat, max_tokens=verb.max_tokens or 24))
     # Another checkpoint in the same folder, or another dtype, is another model: its answers are not this one's.
     name = f"{checkpoint_of(Path(verb.model_at))} {fingerprint(engine.model)[:12]}"
     return EngineModel(engine, name=name), tasks

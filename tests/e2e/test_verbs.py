@@ -145,6 +145,10 @@ def test_eval_scores_a_benchmark_and_prints_a_table(tuned, tmp_path, capsys):
     told = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["gsm8k"]
     assert (told["items"], told["errors"]) == (6, 0)
     assert 0 <= told["score"] <= 1
+    for unheard in (["--concurrency", "2"], ["--model", "m"], ["--compare", "a", "b"], ["--harness", "hellaswag"]):
+        with pytest.raises(SystemExit):
+            main([*command, *unheard])
+        assert "does not look at --" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # the same checkpoint in another dtype is another model
         main([*command, "--dtype", "float32"])
     assert "is of another run: its model is" in capsys.readouterr().err
