@@ -84,6 +84,17 @@ def before_backward(model: FSDPModule, mesh: Mesh, last: bool) -> None:
     model.set_is_last_backward(last)
 
 
+def sum_every_time(stage: FSDPModule) -> None:
+    """Of a pipeline's stage under fsdp: sum gradients and let weights go at each micro-batch, as FSDP does unless told. The
+    library's stages tell it to keep both, whole, to the step's end."""
+    for name in ("set_requires_gradient_sync", "set_reshard_after_backward"):
+        setattr(stage, name, _as_it_is)
+
+
+def _as_it_is(_value: bool, *, recurse: bool = True) -> None:
+    """In the place of a setter."""
+
+
 def settle(model: nn.Module) -> None:
     """Let go of gathered weights: before the optimizer changes the shards, and before anyone reads them by name."""
     for module in sharded(model):

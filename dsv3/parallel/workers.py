@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from dsv3.model.fp8 import fp8_modules
 from dsv3.model.transformer import DeepseekV3, Hidden
 from dsv3.parallel.apply import compute_copy, parallelize, prepare, refresh_copy
-from dsv3.parallel.fsdp import before_backward, local, settle, whole_view
+from dsv3.parallel.fsdp import before_backward, local, settle, sum_every_time, whole_view
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import Pipeline, micro_batches
 from dsv3.parallel.stage import Stage, as_placed, router_rows, split
@@ -179,6 +179,8 @@ class Together:
         self.masters = [parameter for part in self.parts for parameter in trained(part)]
         self.pipeline: Pipeline | None = None
         if stages:
+            for stage in stages if mesh.config.sharding == "fsdp" else ():
+                sum_every_time(cast(FSDPModule, stage))
             stream = torch.float32 if precision == "float32" else torch.bfloat16
             self.pipeline = Pipeline(stages, mesh.pipeline.get_group(), mesh.config.schedule, stream=stream)
 

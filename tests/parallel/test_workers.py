@@ -9,8 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dsv3.parallel.degrees import ParallelConfig
-from dsv3.parallel.fsdp import local
+from dsv3.parallel.fsdp import local, sharded
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.pipeline import _LibraryStage
 from dsv3.parallel.workers import Alone, Together
 from dsv3.train.trainer import NonFiniteError
 from tests.model.tiny import TINY
@@ -135,6 +136,31 @@ def test_rows_that_do_not_divide_leave_ranks_empty_and_change_nothing(tmp_path):
     for result in run_ranks(take_steps, 4, tmp_path / "ranks", {"expert": 2}, str(tmp_path / "run"), changes):
         assert result["counts"] == one["counts"]
         torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(one["loss"]), rtol=2e-5, atol=1e-6)
+
+
+def hold(_group: Any, sharding: str, folder: str) -> list[tuple[int, int]]:
+    """After each backward of a pipeline's step, groups of parameters that are gathered, and that hold whole gradients."""
+    run = small_trainer(Path(folder), Mesh(ParallelConfig(pipeline=2, sharding=sharding), TINY))
+    (stage,), seen, backward = run.workers.parts, [], _LibraryStage.backward_one_chunk
+
+    def look(self: Any, *args: Any, **options: Any) -> None:
+        backward(self, *args, **options)
+        groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded(stage)]
+        params = [[p for p in group.fsdp_params if hasattr(p, "_unsharded_param")] for group in groups if group]
+        whole = [
+            any(p._unsharded_param.grad is not None or p.unsharded_accumulated_grad is not None for p in ps)
+            for ps in params
+        ]
+        seen.append((sum(group.is_unsharded for group in groups if group), sum(whole)))
+
+    _LibraryStage.backward_one_chunk = look
+    run.step()
+    return seen
+
+
+def test_a_stage_under_fsdp_keeps_nothing_whole_between_micro_batches(tmp_path):
+    for seen in run_ranks(hold, 2, tmp_path / "ranks", "fsdp", str(tmp_path / "run")):
+        assert seen == [(0, 0)] * 4
 
 
 def break_down(_group: Any, degrees: dict[str, Any], folder: str) -> str:
