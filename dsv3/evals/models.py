@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -277,11 +277,18 @@ class ApiModel:
         return f"{self.model} at {self.url}"
 
     def ask(self, items: Sequence[Item], sampling: Sampling) -> Iterator[tuple[Item, Reply]]:
+        """Replies as they come. No more than `concurrency` are asked for beyond those that were taken: what is not yet taken when
+        a run is killed was paid for in vain."""
+        waiting, work = iter(items), dict[Future[Reply], Item]()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            work = {pool.submit(self._reply, item, sampling): item for item in items}
             try:
-                for future in as_completed(work):
-                    yield work[future], future.result()
+                while True:
+                    while len(work) < self.concurrency and (item := next(waiting, None)) is not None:
+                        work[pool.submit(self._reply, item, sampling)] = item
+                    if not work:
+                        return
+                    future = next(iter(wait(work, return_when=FIRST_COMPLETED).done))
+                    yield work.pop(future), future.result()
             finally:
                 for future in work:
                     future.cancel()

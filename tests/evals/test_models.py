@@ -189,6 +189,17 @@ def test_a_server_that_fails_is_asked_again_and_then_said(monkeypatch):
     assert math.isfinite(model.concurrency)
 
 
+def test_answers_that_are_not_taken_hold_back_further_requests():
+    server = Server()
+    replies = api(server, concurrency=3).ask([Item(id=str(i), prompt="hi") for i in range(40)], Sampling())
+    for _ in range(5):
+        next(replies)
+    assert len(server.bodies) <= 5 + 3
+    replies.close()
+    replies = api(server, concurrency=3).ask([Item(id=str(i), prompt="hi") for i in range(40)], Sampling())
+    assert sorted(int(item.id) for item, _ in replies) == list(range(40))
+
+
 @pytest.mark.parametrize("told", [{}, {"choices": []}, {"choices": [{"text": 5, "logprobs": {"tokens": []}}]}, []])
 @pytest.mark.parametrize("kind", ["generate", "choose", "roll"])
 def test_a_server_that_lies_costs_an_item_and_not_the_run(told, kind):
