@@ -434,7 +434,7 @@ def build_rl(
     gate = Gate(config.gate, config.precision)
     objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay)
     trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective, mesh=mesh)
-    trainer.identity["rl"] = {**config.identity(), "task": train.name}
+    trainer.identity["rl"] = {**config.identity(), "task": train.name, "problems": train.fingerprint()}
     rounds.open(trainer, tokenizer, objective)
     return trainer, rounds
 

@@ -26,6 +26,7 @@ KINDS = ("maths", "text", "code", "checked")
 SPLITS = ("train", "held-out")
 _HELD_OUT_OF = 8  # one prompt in so many is held out
 _TRIES = 10_000
+_LOOKED_AT = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,11 @@ class Split:
     @property
     def name(self) -> str:
         return "+".join(task.name for task in self.tasks)
+
+    def fingerprint(self) -> str:
+        """Of the first problems: tasks of other settings, weights, seed or file make others."""
+        first = [(one.prompt, one.answer, one.system) for one in map(self.problem, range(_LOOKED_AT))]
+        return hashlib.sha256(json.dumps(first).encode()).hexdigest()
 
     def problem(self, index: int) -> Problem:
         rng = random.Random(f"{self.seed}/{self.side}/{index}")

@@ -12,7 +12,7 @@ from dsv3.post.replay import GateConfig, GateError
 from dsv3.post.rewards import Monitor, MonitorConfig, RewardConfig
 from dsv3.post.rl import AlarmError, RlConfig, build_rl, run_rl
 from dsv3.post.rollout import Tally, read_rollouts, round_path
-from dsv3.post.tasks import Problem
+from dsv3.post.tasks import Arithmetic, Problem
 from dsv3.post.verdict import round_metrics, verdict
 from dsv3.train.checkpoint import checkpoints
 from dsv3.train.metrics import TIMING_FIELDS, read_metrics
@@ -299,6 +299,12 @@ def test_a_run_started_otherwise_is_refused(tmp_path):
     run(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=r"rl\.rewards\.format"):
         run(tmp_path, rewards=RewardConfig(format=0.5))
+
+
+def test_a_run_is_not_resumed_on_other_questions(tmp_path):
+    run(tmp_path, max_steps=1, task=Arithmetic(digits=1))
+    with pytest.raises(ValueError, match=r"rl\.problems"):
+        run(tmp_path, task=Arithmetic(digits=2))
 
 
 @pytest.mark.parametrize(
