@@ -28,6 +28,7 @@ from dsv3.data.chat import ChatFormat
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evals.sandbox import Sandbox
 from dsv3.infer.engine import Engine
+from dsv3.model.fingerprint import fingerprint
 from dsv3.model.fp8 import fp8_modules
 from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.apply import PRECISIONS
@@ -433,8 +434,11 @@ def build_rl(
     rounds = Rounds(train, held_out, Rewarder(config.rewards, sandbox), config, folder)
     gate = Gate(config.gate, config.precision)
     objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay)
+    start = fingerprint(model)  # the reference policy is made of it, also when a run is resumed
     trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective, mesh=mesh)
-    trainer.identity["rl"] = {**config.identity(), "task": train.name, "problems": train.fingerprint()}
+    trainer.identity["rl"] = {
+        **config.identity(), "start": start, "task": train.name, "problems": train.fingerprint(),
+    }  # fmt: skip
     rounds.open(trainer, tokenizer, objective)
     return trainer, rounds
 

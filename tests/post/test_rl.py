@@ -301,6 +301,12 @@ def test_a_run_started_otherwise_is_refused(tmp_path):
         run(tmp_path, rewards=RewardConfig(format=0.5))
 
 
+def test_a_run_is_not_resumed_from_another_start(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"rl\.start"):
+        run(tmp_path, model=policy(seed=1))
+
+
 def test_a_run_is_not_resumed_on_other_questions(tmp_path):
     run(tmp_path, max_steps=1, task=Arithmetic(digits=1))
     with pytest.raises(ValueError, match=r"rl\.problems"):
