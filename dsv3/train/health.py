@@ -19,10 +19,10 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dsv3.kernels.quant import E4M3_MAX, Fp8, cast_tiles, dequantize_blocks, dequantize_tiles
 from dsv3.model.fp8 import Fp8Experts, Fp8Linear, fp8_modules
@@ -69,23 +69,31 @@ class HealthMonitor:
     def watching(self) -> Iterator[None]:
         """Look at the first forward and backward inside; a module's second run, in a checkpoint's backward, is not counted."""
         self.health = {}
-        handles = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
+        handles = [handle for name, m in self._modules.items() for handle in self._hooks(name, m)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hooks(self, name: str, module: Fp8Linear | Fp8Experts) -> list[RemovableHandle]:
+        weights: dict[str, dict[str, float]] = {}
+
+        def before(_module: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+            if name in self.health or weights or not torch.is_grad_enabled():
+                return
+            if module.stale:
+                module.refresh()
+            # Now, for behind the forward a shard may be all that is left (parallel/fsdp.py).
+            weights.update({part: counters(weight.detach(), cast) for part, weight, cast in _weights(module)})
+
+        def behind(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name in self.health or not output.requires_grad:
                 return
-            found = self.health[name] = {"x": counters(inputs[0].detach().flatten(0, -2))}
-            for part, weight, cast in _weights(module):
-                found[part] = counters(weight.detach(), cast)
+            found = self.health[name] = {"x": counters(inputs[0].detach().flatten(0, -2)), **weights}
             output.register_hook(lambda dy: found.__setitem__("dy", counters(dy.detach().flatten(0, -2))))
 
-        return look
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
 
     def alarms(self) -> list[str]:
         """Up to MOST sentences about the last watched step, the most telling first; and remember its sizes."""

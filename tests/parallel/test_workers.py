@@ -102,7 +102,7 @@ def test_ranks_take_the_steps_of_one_process(alone, tmp_path, ranks, degrees):
         assert set().union(*(result[kind] for result in results)) == alone[kind].keys()
 
 
-@pytest.mark.parametrize("degrees", [{}, {"expert": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{}, {"expert": 2}, {"sharding": "fsdp"}], ids=str)
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
     # The first step's products are the same numbers; behind it, weights rounded the other way send some tokens elsewhere.
