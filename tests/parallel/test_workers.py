@@ -138,9 +138,9 @@ def test_rows_that_do_not_divide_leave_ranks_empty_and_change_nothing(tmp_path):
         torch.testing.assert_close(torch.tensor(result["loss"]), torch.tensor(one["loss"]), rtol=2e-5, atol=1e-6)
 
 
-def hold(_group: Any, sharding: str, folder: str) -> list[tuple[int, int]]:
+def hold(_group: Any, degrees: dict[str, Any], folder: str) -> list[tuple[int, int]]:
     """After each backward of a pipeline's step, groups of parameters that are gathered, and that hold whole gradients."""
-    run = small_trainer(Path(folder), Mesh(ParallelConfig(pipeline=2, sharding=sharding), TINY))
+    run = small_trainer(Path(folder), Mesh(ParallelConfig(**degrees), TINY))
     (stage,), seen, backward = run.workers.parts, [], _LibraryStage.backward_one_chunk
 
     def look(self: Any, *args: Any, **options: Any) -> None:
@@ -159,7 +159,8 @@ def hold(_group: Any, sharding: str, folder: str) -> list[tuple[int, int]]:
 
 
 def test_a_stage_under_fsdp_keeps_nothing_whole_between_micro_batches(tmp_path):
-    for seen in run_ranks(hold, 2, tmp_path / "ranks", "fsdp", str(tmp_path / "run")):
+    degrees = {"pipeline": 2, "sharding": "fsdp"}
+    for seen in run_ranks(hold, 2, tmp_path / "ranks", degrees, str(tmp_path / "run")):
         assert seen == [(0, 0)] * 4
 
 
@@ -187,7 +188,7 @@ def test_micro_batches_of_a_batch_cover_it_once():
 @pytest.mark.parametrize("rows", [1, 3, 8, 17])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_the_rows_that_a_rank_reads_are_those_of_its_micro_batches(rows, ranks):
-    run = object.__new__(Together)
+    run: Any = object.__new__(Together)
     run.pipeline, read = None, []
     for rank in range(ranks):
         run.mesh = SimpleNamespace(data_size=ranks, data_rank=rank)
