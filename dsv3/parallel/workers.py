@@ -298,7 +298,7 @@ class Together:
     @cached_property
     def _patient(self) -> dist.ProcessGroup:
         """For shares of work that end hours apart, as those of long answers do; made by all at once, as it is used."""
-        return dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """See Alone."""

@@ -180,6 +180,8 @@ def consolidate(
     Raises:
         ValueError: the checkpoint holds no training state, or that of adapters alone.
     """
+    if (checkpoint / STATE).exists():  # not of one that is being written
+        _verify(checkpoint, together=False)
     reader = FileSystemReader(checkpoint / TENSORS if source is None else source)
     stored = reader.read_metadata().state_dict_metadata
     config = ModelConfig.from_hf(checkpoint)

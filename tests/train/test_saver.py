@@ -165,6 +165,9 @@ def test_a_damaged_checkpoint_is_refused_and_named(tmp_path):
     ):
         run.restore(newest)
     assert fingerprint(run.model) == before
+    with pytest.raises(ValueError, match=r"__0_0.distcp is not what was written"):
+        consolidate(newest, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
     run.restore(checkpoints(tmp_path)[0])
 
 
