@@ -12,19 +12,34 @@ import hashlib
 import json
 
 import torch
+from torch import Tensor
 
+from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
 
 _VALUES = 1024
 
 
-@torch.no_grad()
-def fingerprint(model: DeepseekV3) -> str:
-    """64 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(model.config.to_hf(), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
+class Fingerprint:
+    """The same of tensors that pass by one at a time, in the order of the model's state dict."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True, default=str).encode())
+
+    @torch.no_grad()
+    def add(self, name: str, tensor: Tensor) -> None:
         flat = tensor.reshape(-1)
         seen = flat[:: max(1, len(flat) // _VALUES)][:_VALUES].contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(seen.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        self._digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        self._digest.update(seen.view(torch.uint8).numpy().tobytes())
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
+
+
+def fingerprint(model: DeepseekV3) -> str:
+    """64 hexadecimal digits."""
+    found = Fingerprint(model.config)
+    for name, tensor in model.state_dict().items():
+        found.add(name, tensor)
+    return str(found)

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -287,6 +287,32 @@ def load_into(
         done = in_parallel(checks, progress, total)
         fills = [partial(_fill, source, piece, model_state) for piece in pieces if not piece.duplicate]
         in_parallel(fills, progress, total, done)
+
+
+def read_tensors(
+    folder: str | Path, config: ModelConfig, *, verify: bool = True, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model in float32, by the names and in the order of its state dict, one in memory at a time.
+
+    Args, Raises: as of `load_into`; before the first tensor.
+    """
+    folder = Path(folder).resolve()
+    headers, pieces = plan_load(folder, config, verify)
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        if not piece.duplicate:
+            parts.setdefault(piece.memory, []).append(piece)
+    with torch.device("meta"):
+        order = DeepseekV3(config).state_dict()
+    total = sum(map(stored_bytes, headers.values()))
+    with Source(folder, headers) as source:
+        checks = [partial(_check_duplicate, piece, source) for piece in pieces if piece.duplicate]
+        done = in_parallel(checks, progress, total)
+        for name, like in order.items():
+            tensor = torch.empty(like.shape, dtype=torch.float32)
+            fills = [partial(_fill, source, piece, {name: tensor}) for piece in parts[name]]
+            done = in_parallel(fills, progress, total, done)
+            yield name, tensor
 
 
 @torch.no_grad()

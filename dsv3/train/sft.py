@@ -13,7 +13,7 @@ Does not: make data (post/distill.py), or weigh padding out of the balance loss,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,12 @@ from dsv3.data.conversations import (
 from dsv3.data.packing import PADDING, PackedBatch, PackedLoader, PackingConfig, held_out_batches
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.kernels.cross_entropy import head_cross_entropy
-from dsv3.model.fingerprint import fingerprint
+from dsv3.model.fingerprint import Fingerprint, fingerprint
 from dsv3.model.lora import LoraConfig, add_lora
-from dsv3.model.transformer import Hidden, Routing
-from dsv3.model.weights import config_of, load_model
+from dsv3.model.transformer import DeepseekV3, Hidden, Routing
+from dsv3.model.weights import config_of, load_model, read_tensors
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.workers import Workers
+from dsv3.parallel.workers import Together, Workers
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.loss import SplitObjective, Step, document_mask, join_losses
@@ -323,27 +323,36 @@ def _trainer(config: SftConfig, loader: PackedLoader, tokenizer: Tokenizer, say:
         max_steps=config.max_steps,
         **{name: getattr(config, name) for name in names},
     )
-    frozen = "fp8" if config.base_fp8 else config.precision
-    model = load_model(
-        config.checkpoint, dtype="float32" if config.lora is None else frozen, device="cpu" if mesh else config.device
-    )
-    identity = {"base": fingerprint(model)}
     say(f"{schedule.steps:,} steps of {config.batch_size} rows, learning rate {first:g} to {last:g}")
+    options = {"tokenizer": tokenizer, "objective": SftObjective(), "lora": config.lora, "mesh": mesh}
+    if mesh is not None:
+        return _cut_trainer(config, loader, train, options)
+    frozen = "fp8" if config.base_fp8 else config.precision
+    model = load_model(config.checkpoint, dtype="float32" if config.lora is None else frozen, device=config.device)
+    identity = {"base": fingerprint(model)}
     if config.lora is not None:
         counts = add_lora(model, config.lora, seed=config.seed)
         parts = ", ".join(f"{role} {count:,}" for role, count in counts.items())
         say(f"LoRA: {sum(counts.values()):,} parameters are trained ({parts}), of rank {config.lora.rank}")
-    return Trainer(
-        model.train(),
-        loader,
-        train,
-        config.out,
-        tokenizer=tokenizer,
-        objective=SftObjective(),
-        lora=config.lora,
-        identity=identity,
-        mesh=mesh,
-    )
+    return Trainer(model.train(), loader, train, config.out, identity=identity, **options)
+
+
+def _cut_trainer(config: SftConfig, loader: PackedLoader, train: TrainConfig, options: Mapping[str, Any]) -> Trainer:
+    """Of several processes each reads the checkpoint a tensor at a time and keeps its part."""
+    sizes = config_of(config.checkpoint)
+    with torch.device("meta"):
+        model = DeepseekV3(sizes)
+    trainer, base = Trainer(model.train(), loader, train, config.out, **options), Fingerprint(sizes)
+    assert isinstance(trainer.workers, Together)
+
+    def passing() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(config.checkpoint, sizes):
+            base.add(name, tensor)
+            yield name, tensor
+
+    trainer.workers.place(passing())
+    trainer.identity["base"] = str(base)
+    return trainer
 
 
 def _shown(value: float | list[float]) -> str:

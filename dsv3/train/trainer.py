@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ class Trainer:
         )
         self.saver = Saver(self.folder, self.workers, self.optimizer, tokenizer, keep_last=config.keep_last, lora=lora)
         self.step_index, self.tokens = 0, 0
+        self._watched: Callable[[int], AbstractContextManager[None]] = _unwatched
         self.identity = {
             "model": model.config.to_hf(),
             "train": config.identity(),
@@ -186,9 +187,13 @@ class Trainer:
         Raises:
             NonFiniteError: names step, layer and batch; masters, moments and biases are as before the step.
         """
-        index, schedule = self.step_index, self.config.schedule
         start = time.perf_counter()
-        batch = self.loader.next_batch(schedule.rows(index))
+        batch = self.loader.next_batch(self.config.schedule.rows(self.step_index))
+        with self._watched(self.step_index + 1):  # a round of rollouts is as long as it is
+            return self._take(batch, start)
+
+    def _take(self, batch: Rows, start: float) -> dict[str, Any]:
+        index, schedule = self.step_index, self.config.schedule
         rows = batch.tokens.shape[0]
         positions = rows * (batch.tokens.shape[1] - self.depth)
         logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
@@ -348,11 +353,12 @@ class Trainer:
             say = console.log if console is not None else _LOG.debug
             forwards = [self.twin] if self.workers.mesh is None else self.workers.parts
             watch = stack.enter_context(Watchdog(self.folder, forwards, say if leads else _LOG.warning))
+            self._watched = watch.step
+            stack.callback(setattr, self, "_watched", _unwatched)
             if resumed is not None:
                 say(f"resumed from {resumed.name}")
             while self.step_index < end:
-                with watch.step(self.step_index + 1):
-                    record, spike = self._guarded_step()
+                record, spike = self._guarded_step()
                 if spike is not None and self._went_back(spike, say):
                     if log is not None:
                         log.close()
@@ -524,6 +530,10 @@ def _add(whole: Step | None, part: Step, share: float) -> Step:
 def _scaled(losses: Losses, share: float) -> Losses:
     mtp = tuple(loss * share for loss in losses.mtp)
     return Losses(losses.total.detach() * share, losses.main * share, mtp, losses.balance * share)
+
+
+def _unwatched(step: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,8 +21,9 @@ from dsv3.model import folder as folder_module
 from dsv3.model import shards
 from dsv3.model.census import disk_tensors, inspect, is_fp8_weight, scale_shape
 from dsv3.model.config import ModelConfig, YarnConfig
+from dsv3.model.fingerprint import Fingerprint, fingerprint
 from dsv3.model.transformer import DeepseekV3
-from dsv3.model.weights import config_of, load_into, load_model, save_checkpoint, save_model
+from dsv3.model.weights import config_of, load_into, load_model, read_tensors, save_checkpoint, save_model
 
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -91,6 +92,23 @@ def test_round_trip_is_bit_exact(tmp_path, config, shard_bytes, dtype):
     assert not loaded.training
     tokens = torch.arange(10).view(1, 10)
     assert torch.equal(model(tokens), loaded(tokens))
+
+
+def test_tensors_one_at_a_time_are_those_of_the_loaded_model_and_have_its_fingerprint(tmp_path):
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=2)
+    save_checkpoint(build(config).state_dict(), config, tmp_path / "model", dtype="fp8")
+    config = config_of(tmp_path / "model")
+    model, base, done = load_model(tmp_path / "model", dtype="float32"), Fingerprint(config), []
+    read = {}
+    for name, tensor in read_tensors(
+        tmp_path / "model", config, progress=lambda so_far, total: done.append(so_far / total)
+    ):
+        base.add(name, tensor)
+        read[name] = tensor
+    assert list(read) == list(model.state_dict())
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+    assert str(base) == fingerprint(model)
+    assert done[-1] == 1
 
 
 def test_what_lies_on_disk(saved):
