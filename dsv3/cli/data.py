@@ -30,7 +30,7 @@ _PYTHON = ("python:code", "python:english")
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Turn text into packed token shards: read folders, .txt, .md, source code, .jsonl(.gz,.zst), .parquet; drop exact
-    duplicates; hold 2% out; fill-in-the-middle at rate 0.1.
+    duplicates; hold 2% out; fill-in-the-middle at rate 0.1. Example:
         dsv3 data --data code=0.6:src/ --data maths=0.4:gsm8k.jsonl --tokenizer tok/ --out shards/
 
     More text than fits into memory, or text that nobody has looked at (needs: pip install 'dsv3[data]'):

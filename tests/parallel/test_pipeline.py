@@ -43,6 +43,15 @@ FOUR_RANKS: dict[str, Case] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the ranks have: products of another number of threads add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Rows:
     """Made-up rows, one a micro-batch, packed documents masked, in shares that differ; a stage.Feed."""
 
