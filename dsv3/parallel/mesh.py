@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
+
+_PATIENCE = timedelta(hours=24)
 
 
 class Mesh:
@@ -61,6 +64,10 @@ class Mesh:
     @property
     def stage(self) -> int:
         return self.pipeline.get_local_rank()
+
+    def patient_group(self) -> dist.ProcessGroup:
+        """A group of all processes, on their CPUs, for shares of work that end hours apart; made by all at once."""
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     @property
     def neighbours(self) -> int:

@@ -195,6 +195,7 @@ class Stage(DeepseekV3):
         with torch.device("meta"):
             super().__init__(config)
         self.part = part
+        self.rows = router_rows(config, part)
         self.run: Run | None = None  # during a step
         for layer in set(range(config.num_layers_with_mtp)) - set(part.layers):
             del self.model.layers._modules[str(layer)]  # deleting by index would number the rest anew
@@ -237,7 +238,7 @@ class Stage(DeepseekV3):
         depth = self.config.num_nextn_predict_layers
         out, routing = self._advance(x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance)
         if len(routing.counts):
-            run.count(number, router_rows(self.config, self.part), routing)
+            run.count(number, self.rows, routing)
         if isinstance(out, Tensor):
             return out, carried + routing.balance
         hidden = out._replace(routing=routing._replace(balance=carried + routing.balance))

@@ -7,6 +7,7 @@
     total      sums of counts and losses over the data ranks
     refresh    the optimizer has moved the masters: what forwards read follows
     hidden     states to measure, in the ranks that have the head; `gather` adds up what these found
+    forwards   the modules that are run, parts of the model or a copy of it
     policy     the whole model to generate with, `publish`ed when the masters have moved; `share` and `everyone` divide the work
     leading    what the first process has, where all must go by the same
 
@@ -17,7 +18,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from functools import cached_property
 from typing import Any, cast
 
@@ -33,9 +33,7 @@ from dsv3.parallel.apply import compute_copy, parallelize, prepare, refresh_copy
 from dsv3.parallel.fsdp import before_backward, local, settle, sum_every_time, whole_view
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import Pipeline, micro_batches
-from dsv3.parallel.stage import Stage, as_placed, router_rows, split
-
-_PATIENCE = timedelta(hours=24)  # of processes whose share of some work is done, for those that are at it yet
+from dsv3.parallel.stage import Stage, as_placed, split
 
 
 class Alone:
@@ -56,6 +54,7 @@ class Alone:
         self.parts = [model]
         self.masters = trained(model)
         self.twin = compute_copy(model, precision)
+        self.forwards: list[DeepseekV3] = [self.twin]
         prepare(self.twin, recompute=recompute, compile_layers=compile_layers)
         self.grads = [torch.zeros_like(parameter) for parameter in self.masters]
         self._begun = False
@@ -176,6 +175,7 @@ class Together:
                 for router in part.routers():
                     router.e_score_correction_bias.zero_()
         self.model = self.twin = self.parts[0]
+        self.forwards = self.parts
         self.masters = [parameter for part in self.parts for parameter in trained(part)]
         self.pipeline: Pipeline | None = None
         if stages:
@@ -298,13 +298,13 @@ class Together:
     @cached_property
     def _patient(self) -> dist.ProcessGroup:
         """For shares of work that end hours apart, as those of long answers do; made by all at once, as it is used."""
-        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        return self.mesh.patient_group()
 
     def loads(self, counts: Tensor) -> list[tuple[DeepseekV3, Tensor]]:
         """See Alone."""
         if self.pipeline is None:
             return [(self.model, counts)]
-        return [(stage, counts[router_rows(stage.config, stage.part)]) for stage in self.pipeline.stages]
+        return [(stage, counts[stage.rows]) for stage in self.pipeline.stages]
 
     def refresh(self) -> None:
         self.abandon()

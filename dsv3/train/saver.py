@@ -20,7 +20,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,6 @@ from dsv3.parallel.fsdp import local
 from dsv3.parallel.workers import Workers
 from dsv3.train.checkpoint import CHECKSUMS, STATE, TENSORS, cause, checkpoints, consolidate, training_tensors
 from dsv3.train.optim import AdamW
-
-_PATIENCE = timedelta(hours=24)  # of the processes that wait for the first one's model files
 
 
 class Saver:
@@ -63,7 +60,7 @@ class Saver:
     ) -> None:
         self.run, self.workers, self.optimizer, self.tokenizer = run, workers, optimizer, tokenizer
         self.keep_last, self.lora = keep_last, lora
-        self.group = None if workers.mesh is None else dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.group = None if workers.mesh is None else workers.mesh.patient_group()
         self.stalled = 0.0
         """Seconds that the last save kept the training waiting."""
         self._thread: threading.Thread | None = None

@@ -175,9 +175,7 @@ class Trainer:
             **({"lora": dataclasses.asdict(lora)} if lora else {}),
             **(identity or {}),
         }
-        self.monitor = (
-            HealthMonitor(*([self.twin] if mesh is None else self.workers.parts)) if config.precision == "fp8" else None
-        )
+        self.monitor = HealthMonitor(*self.workers.forwards) if config.precision == "fp8" else None
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -351,8 +349,7 @@ class Trainer:
             log = stack.enter_context(MetricsLog(self.folder, resume_step=self.step_index)) if leads else None
             console = stack.enter_context(Console(schedule.steps, start_step=self.step_index)) if leads else None
             say = console.log if console is not None else _LOG.debug
-            forwards = [self.twin] if self.workers.mesh is None else self.workers.parts
-            watch = stack.enter_context(Watchdog(self.folder, forwards, say if leads else _LOG.warning))
+            watch = stack.enter_context(Watchdog(self.folder, self.workers.forwards, say if leads else _LOG.warning))
             self._watched = watch.step
             stack.callback(setattr, self, "_watched", _unwatched)
             if resumed is not None:
