@@ -29,6 +29,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model
 from dsv3.parallel.apply import compute_copy
+from dsv3.post.exact import EnginePass
 from dsv3.post.grpo import GrpoConfig, token_logprobs
 from dsv3.post.replay import GateConfig
 from dsv3.post.rl import RlConfig, build_rl, run_rl
@@ -180,7 +181,8 @@ def main() -> None:
 
 
 def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
-    """One rollout of 512 answers and its training pass, with the rollout's experts replayed and without, a line a precision.
+    """One rollout of 512 answers and its training pass, with the rollout's experts replayed and without, a line a precision; and,
+    where rollout and training have one precision, with the engine's own numbers (dsv3/post/exact.py).
 
     Told of the tokens that went to other experts in any layer: their share, and their mean difference of log-probability.
     """
@@ -193,23 +195,24 @@ def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
         )  # fmt: skip
         trainer, rounds = build_rl(model, tokenizer, ReasoningGym(task, seed=seed, **TASKS[task]), config, folder)
         rounds.engine = Engine(compute_copy(model, rollout), tokenizer, cache_gb=0.2, max_running=512)
-        trainer.objective(
-            trainer.twin,
-            rounds.next_batch(512),
-            slice(0, 512),
-            depth=1,
-            mtp_weight=0.1,
-            alpha=0.0,
-            device=trainer.device,
-        )
-        gate = rounds.objective.gate
+        batch, gate = rounds.next_batch(512), rounds.objective.gate
+        told = dict(depth=1, mtp_weight=0.1, alpha=0.0, device=trainer.device)
+        trainer.objective(trainer.twin, batch, slice(0, 512), **told)
         replayed, free = gate.seen[0], gate.free[0]
         rounds.objective.release()
         other = free.routes.any(1)
         line = f"rollout {rollout}, training {training}: {int(other.sum())} of {len(other)} tokens to other experts"
         for name, found in (("without replay", free), ("with", replayed)):
             of_these = f", of these {found.gaps[other].abs().mean():.2e}" if other.any() else ""
-            line += f"; {name}: mean difference {found.gaps.abs().mean():.2e}{of_these}"
+            gaps = found.gaps.abs()
+            line += f"; {name}: difference {gaps.mean():.2e} in the mean, {gaps.max():.2e} at most{of_these}"
+        if rollout == training:
+            rounds.objective.engine = EnginePass(trainer.twin)
+            trainer.objective(trainer.twin, batch, slice(0, 512), **told)
+            exact = gate.seen[-1]
+            rounds.objective.release()
+            line += f"; the engine's numbers: {exact.gaps.abs().max():.2e} at most, {int(exact.routes.any(1).sum())} tokens to "
+            line += f"other experts, torch's layers {exact.layer_gap:.2e} of a row's length from them"
         print(line)
 
 

@@ -162,14 +162,15 @@ class Decoder:
 
     def step(
         self, segments: Sequence[Segment], *, chosen: Tensor | None = None, counts: Tensor | None = None,
-        mtp: int = -1, previous: Tensor | None = None,
+        streams: Tensor | None = None, mtp: int = -1, previous: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """-> states (N, D) float32; with bfloat16 pages they are bfloat16 numbers.
 
         Args:
             segments: N tokens in all; each segment's pages reach past its last token.
-            chosen: (MoE layers, N, K) int64, filled with the experts that each row went to.
+            chosen: (MoE layers, N, K) int64, filled with the experts that each row went to; for the main layers it must be there.
             counts: (MoE layers, E) int64, to which this step's tokens are added.
+            streams: (layers run, N, D) float32, filled with the stream behind each layer.
             mtp: which MTP layer runs, on states `previous` (N, D) float32 and the tokens behind them; -1: the main layers.
         """
         plan, tokens, pages = [], [], []
@@ -179,12 +180,14 @@ class Decoder:
             tokens += s.tokens
             pages += s.pages
         rows = len(tokens)
+        assert mtp >= 0 or chosen is not None
         flat = (c_long * (len(plan) + rows + len(pages)))(*plan, *tokens, *pages)
         states = torch.empty(rows, self._model.dim)
         self._call(
             "main" if mtp < 0 else "mtp", rows, self._library.decode_step,
             ctypes.byref(self._model), ctypes.byref(self._store), flat,
             c_long(len(segments)), c_long(rows), c_long(mtp), _at(previous), _at(states), _at(chosen), _at(counts),
+            _at(streams),
         )  # fmt: skip
         return states
 

@@ -20,7 +20,8 @@ Does not: sample, reward or loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv3.kernels.moe import sequence_balance_loss
 from dsv3.model.transformer import DeepseekV3
 from dsv3.post.batch import RolloutBatch, cut
+from dsv3.post.exact import EnginePass, with_value
 from dsv3.post.replay import Gate, RouterTap, Tapped
 from dsv3.train.loss import Step, join_losses
 
@@ -80,25 +82,35 @@ def surrogate(log_policy: Tensor, log_old: Tensor, advantage: Tensor, clip: floa
     return torch.minimum(free, cut), cut < free
 
 
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    states: Tensor, head: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """states (n, D), head (V, D), targets (n,) -> log-probabilities (n,) and entropies (n,), float32, nats.
+
+    Args:
+        logits: of states (n, D), whose first V values take the place of the product's (post/exact.py).
 
     The product is made in float32 whatever the model's dtype: a bfloat16 logit of 20 is off by up to 0.06, far more than
     the rollout's. Logits exist a block at a time, in the backward pass again. Entropies carry no gradient.
     """
     block = max(1, _BLOCK_VALUES // head.shape[0])
     parts = [
-        checkpoint(_block_logprobs, states[i : i + block], head, targets[i : i + block], use_reentrant=False)
+        checkpoint(_block_logprobs, states[i : i + block], head, targets[i : i + block], logits, use_reentrant=False)
         for i in range(0, max(1, len(targets)), block)
     ]
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _block_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = (states.float() @ head.float().t()).log_softmax(-1)
-    entropy = -(logits.detach().exp() * logits.detach()).sum(-1)
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+def _block_logprobs(
+    states: Tensor, head: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    product = states.float() @ head.float().t()
+    if logits is not None:
+        product = with_value(product, logits(states.detach().float())[:, : head.shape[0]])
+    logprobs = product.log_softmax(-1)
+    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
 class GrpoObjective:
@@ -108,10 +120,18 @@ class GrpoObjective:
         vocabulary: ids that the tokenizer has; the rollout never draws the head's rows beyond.
         replay: send each answer's tokens to the experts of the rollout, whatever the router would choose now.
         gate: compares the pass with the rollout.
+        recompute: the model computes layers again in the backward pass.
+
+    Attributes:
+        engine: reads the rows as the rollout did, whose numbers are then the pass's own (post/exact.py); None: torch's are.
     """
 
-    def __init__(self, config: GrpoConfig, vocabulary: int, gate: Gate, *, replay: bool = False) -> None:
-        self.config, self.vocabulary, self.gate, self.replay = config, vocabulary, gate, replay
+    def __init__(
+        self, config: GrpoConfig, vocabulary: int, gate: Gate, *, replay: bool = False, recompute: bool = False
+    ) -> None:
+        self.config, self.vocabulary, self.gate = config, vocabulary, gate
+        self.replay, self.recompute = replay, recompute
+        self.engine: EnginePass | None = None
         self._tap: RouterTap | None = None
 
     def release(self) -> None:
@@ -141,15 +161,19 @@ class GrpoObjective:
         """
         part = cut(batch, rows, depth, device)
         free = self._unreplayed(model, part)
-        self._tap = tap = RouterTap(model, part.experts if self.replay else None).open()
+        reading = None if self.engine is None else self.engine.read(part.tokens[:, : part.answer.shape[1]])
+        forced = reading.experts if reading is not None else part.experts if self.replay else None
+        self._tap = tap = RouterTap(model, forced).open()
         try:
-            hidden = model.hidden(part.tokens, depth=depth)
+            with contextlib.nullcontext() if reading is None else reading.told(model):
+                hidden = model.hidden(part.tokens, depth=depth)
             tap.stop()
             states, targets = hidden.main[part.answer], part.targets[:, : part.answer.shape[1]][part.answer]
             head = model.lm_head.weight[: self.vocabulary]
-            logprobs, entropies = token_logprobs(states, head, targets)
+            logprobs, entropies = token_logprobs(states, head, targets, None if reading is None else reading.logits)
             if part.fresh:
-                self.gate.compare(part, tap.seen, logprobs.detach(), free, replayed=self.replay)
+                gap = None if reading is None else reading.gap
+                self.gate.compare(part, tap.seen, logprobs.detach(), free, replayed=self.replay, layer_gap=gap)
             main, extras = self._policy_loss(part, logprobs, entropies)
             depths = tuple(_mtp_loss(state, head, part, k) for k, state in enumerate(hidden.mtp, start=1))
             balance = _balance(tap.seen, part.lengths, model) if alpha > 0 else main.new_zeros(())
@@ -158,8 +182,9 @@ class GrpoObjective:
         except BaseException:
             self.release()
             raise
-        if not self.replay or not bool(losses.total.isfinite()):
-            self.release()  # with replay, layers computed again in the backward pass need it still
+        held = self.replay or (self.recompute and reading is not None)
+        if not held or not bool(losses.total.isfinite()):
+            self.release()  # where experts are told, layers computed again in the backward pass need them still
         return Step(losses, counts, extras)
 
     def _policy_loss(self, part: RolloutBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -190,7 +215,7 @@ class GrpoObjective:
     def _unreplayed(self, model: DeepseekV3, part: RolloutBatch) -> tuple[list[Tapped], Tensor] | None:
         """Routers and log-probabilities of the pass as it is without replay, of one micro-batch a step: what replay is for."""
         self.release()
-        if not (self.replay and part.fresh and self.gate.wants_unreplayed):
+        if not (self.replay and part.fresh and self.gate.wants_unreplayed and self.engine is None):
             return None
         with RouterTap(model) as tap:
             hidden = model.hidden(part.tokens[:, : part.answer.shape[1]])

@@ -1,8 +1,9 @@
 """The rollout's routers against the training pass's: what each chose, how far they differ, and replay of the rollout's choice.
 
-One model definition makes both, so on equal batches experts are identical and log-probabilities differ by rounding alone.
-Elsewhere two engines disagree about some tenth of the routers, and runs collapse (Megatron-LM issue 4168). Here that is measured
-at each step, and a gate stops the run when it is not so.
+On a CPU the training pass takes its values from the engine's own kernels (post/exact.py): experts and log-probabilities are then
+the same bits. On other devices one model definition makes both, which differ by rounding alone. Elsewhere two engines disagree
+about some tenth of the routers, and runs collapse (Megatron-LM issue 4168). Here that is measured at each step, and a gate
+stops the run when it is not so.
 
     tap      for the time of a pass each router also tells its scores and its own choice
     replay   the rollout's experts take the place of the router's choice; their weights are still the router's own scores, so
@@ -31,6 +32,9 @@ from dsv3.post.batch import RolloutBatch
 ACTIONS = ("error", "warn", "off")
 _TIE = 1e-5  # of a score in (0, 1): some ten times what the order of float32 sums moves it
 _FEW, _FAR = 20, 30  # one token in so many may be beyond the limit, by so many times
+_LAYER = (
+    1e-4  # of a row's length: what torch's layer may be from the engine's, given equal inputs in float32; 1e-6 is usual
+)
 
 
 class GateError(ValueError):
@@ -44,11 +48,12 @@ class GateConfig:
     action: str = "error"
     """On more than that: stop ("error"), say so ("warn"), nothing ("off"). It is measured and logged in any case."""
     logprob: float | None = None
-    """By how much an answer token's log-probability may differ, nats; one token in twenty by more, up to thirty times that.
-    None: 1e-5 in float32, else no limit. Two orders of float32 sums differ by 3e-7 in the mean, and by up to 5e-5 where a sharp
-    policy drew an unlikely token: either pass is then as far from float64. Another model moves all tokens."""
+    """By how much an answer token's log-probability may differ, nats. None: 1e-5 in float32, and in any precision where the
+    pass has the engine's own numbers (a CPU), which must then be within it to the last token; else no limit. Between two orders
+    of float32 sums one token in twenty may differ by more, up to thirty times that: 3e-7 is their mean, but 5e-5 is seen where
+    a sharp policy drew an unlikely token; either pass is then as far from float64. Another model moves all tokens."""
     routes: float | None = None
-    """Largest share of (token, layer) with different experts; None: 0 in float32, else no limit."""
+    """Largest share of (token, layer) with different experts; None: 0 where the log-probability has a limit, else none."""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -154,6 +159,18 @@ class Differences(NamedTuple):
     routes: Tensor  # (n, L) boolean: other experts
     gaps: Tensor  # (n,) float32: |difference of log-probability|
     tied: Tensor  # (n, L) boolean: a tie before the layer, in this or an earlier token, may have made it so
+    layer_gap: float | None = None  # with the engine's own numbers: the farthest that a layer was from them
+    others: Tensor | None = None  # (L, N) boolean, likewise: torch's router would have chosen otherwise
+
+
+def exact_differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor, layer_gap: float) -> Differences:
+    """`differences` of a pass that has the engine's own numbers: its experts are those that it was told, and no tie excuses any.
+    What is torch's alone is told beside them."""
+    certain = [t._replace(own=t.experts, margin=torch.full_like(t.margin, torch.inf)) for t in seen]
+    told = seen[: 0 if part.experts is None else part.experts.shape[2]]
+    other = [(t.own.sort(-1).values != t.experts.sort(-1).values).any(-1) & (t.margin >= _TIE) for t in told]
+    others = torch.stack(other) if other else None
+    return differences(part, certain, logprobs)._replace(layer_gap=layer_gap, others=others)
 
 
 def differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor) -> Differences:
@@ -189,7 +206,7 @@ class Gate:
     """
 
     def __init__(self, config: GateConfig, precision: str) -> None:
-        self.config = config
+        self.config, self.precision = config, precision
         self.logprob, self.routes = config.limits(precision)
         self.warnings: list[str] = []
         self.seen: list[Differences] = []
@@ -208,31 +225,36 @@ class Gate:
         free: tuple[list[Tapped], Tensor] | None = None,
         *,
         replayed: bool = False,
+        layer_gap: float | None = None,
     ) -> None:
         """A pass's routers and log-probabilities (n,), against the rollout of its rows.
 
         Args:
             free: the same of a pass without replay, told as `free_...`.
             replayed: the pass sent its tokens to the rollout's experts. Its routers' own choice is then told but not gated.
+            layer_gap: the pass had the engine's own numbers, from which a layer was so far (post/exact.py). None: it had not.
 
         Raises:
             GateError: beyond the limits, with the action "error".
         """
-        found = differences(part, seen, logprobs)
+        exact = layer_gap is not None
+        found = exact_differences(part, seen, logprobs, layer_gap) if exact else differences(part, seen, logprobs)
         self.seen.append(found)
         if free is not None:
             self.free.append(differences(part, *free))
-        faults = []
+        limit, most = self.config.limits("float32") if exact else (self.logprob, self.routes)
+        faults = self._far_layers(found)
         gated = found.gaps[found.gaps >= 0]
-        beyond = int((gated > self.logprob).sum())
-        if beyond > max(1, len(gated) // _FEW) or (beyond and float(gated.max()) > _FAR * self.logprob):
+        beyond = int((gated > limit).sum())
+        few = 0 if exact else max(1, len(gated) // _FEW)
+        if beyond > few or (beyond and float(gated.max()) > _FAR * limit):
             faults.append(
-                f"log-probabilities of {beyond} of {len(gated)} tokens differ by more than {self.logprob:.2e}, the largest by "
+                f"log-probabilities of {beyond} of {len(gated)} tokens differ by more than {limit:.2e}, the largest by "
                 f"{float(gated.max()):.2e}"
             )
         share = float((found.routes & ~found.tied).float().mean()) if found.routes.numel() else 0.0
-        if not replayed and share > self.routes:
-            faults.append(f"{share:.2%} of (token, layer) went to other experts, the limit is {self.routes:.2%}")
+        if not replayed and share > most:
+            faults.append(f"{share:.2%} of (token, layer) went to other experts, the limit is {most:.2%}")
         if faults and self.config.action != "off":
             said = (
                 f"rollout and training pass are not the same model: {'; '.join(faults)}. See that the engine reads the weights "
@@ -242,12 +264,22 @@ class Gate:
                 raise GateError(f"{said}. Nothing was updated")
             self.warnings.append(said)
 
+    def _far_layers(self, found: Differences) -> list[str]:
+        """Whether torch's own layers and routers, which the gradient is of, are the engine's: in float32, where that is decided."""
+        faults = []
+        if self.precision == "float32" and found.layer_gap is not None and not found.layer_gap <= _LAYER:
+            faults.append(f"from equal inputs a layer came out {found.layer_gap:.2e} of a row's length apart")
+        if self.precision == "float32" and found.others is not None and bool(found.others.any()):
+            faults.append(f"from equal inputs routers chose otherwise at {int(found.others.sum())} places")
+        return faults
+
     def report(self) -> dict[str, float]:
         """The step's numbers; the next step begins. Empty where no fresh answers were trained on.
 
         route_mismatch: share of (token, layer); route_mismatch_tokens: of tokens, with any layer; near_ties: tokens that a tie
         excuses; logprob_gap, logprob_gap_p99, logprob_gap_max: mean, 99th percentile and largest difference, nats. With
-        replay, free_...: the same without it.
+        replay, free_...: the same without it. With the engine's own numbers: layer_gap, the farthest that a layer of torch's
+        was from the engine's given equal inputs, as a share of the row's length, and router_gap, how often a router was.
         """
         seen, self.seen = self.seen, []
         free, self.free = self.free, []
@@ -269,4 +301,10 @@ def _told(found: list[Differences], prefix: str) -> dict[str, float]:
             "route_mismatch": float(routes.float().mean()),
             "route_mismatch_tokens": float(routes.any(1).float().mean()),
         }
+    layers = [f.layer_gap for f in found if f.layer_gap is not None]
+    others = [f.others.flatten() for f in found if f.others is not None]
+    if layers:
+        told["layer_gap"] = max(layers)
+    if others:
+        told["router_gap"] = float(torch.cat(others).float().mean())
     return {prefix + name: value for name, value in told.items()}

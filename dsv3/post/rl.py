@@ -34,6 +34,7 @@ from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.apply import PRECISIONS
 from dsv3.parallel.mesh import Mesh
 from dsv3.post.batch import RolloutBatch
+from dsv3.post.exact import EnginePass
 from dsv3.post.grpo import GrpoConfig, GrpoObjective, advantages
 from dsv3.post.replay import Gate, GateConfig
 from dsv3.post.rewards import Monitor, MonitorConfig, RewardConfig, Rewarder
@@ -433,13 +434,16 @@ def build_rl(
     train, held_out = (Split(tasks, side, seed=config.seed) for side in ("train", "held-out"))
     rounds = Rounds(train, held_out, Rewarder(config.rewards, sandbox), config, folder)
     gate = Gate(config.gate, config.precision)
-    objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay)
+    objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay, recompute=config.recompute)
     start = fingerprint(model)  # the reference policy is made of it, also when a run is resumed
     trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective, mesh=mesh)
     trainer.identity["rl"] = {
         **config.identity(), "start": start, "task": train.name, "problems": train.fingerprint(),
     }  # fmt: skip
     rounds.open(trainer, tokenizer, objective)
+    policy = trainer.workers.policy
+    if mesh is None and not config.replay and EnginePass.fits(policy):
+        objective.engine = EnginePass(policy)  # on a mesh the policy is a copy of a round's start
     return trainer, rounds
 
 

@@ -87,10 +87,10 @@ class Pages:
         self.counts = torch.zeros(moe, config.n_routed_experts, dtype=torch.int64)
         self.shape = (moe, config.num_experts_per_tok)
 
-    def step(self, *segments: Segment) -> torch.Tensor:
+    def step(self, *segments: Segment, streams: torch.Tensor | None = None) -> torch.Tensor:
         rows = sum(len(s.tokens) for s in segments)
         self.chosen = torch.zeros(self.shape[0], rows, self.shape[1], dtype=torch.int64)
-        return self.decoder.step(segments, chosen=self.chosen, counts=self.counts)
+        return self.decoder.step(segments, chosen=self.chosen, counts=self.counts, streams=streams)
 
 
 def ids(config: ModelConfig, count: int, seed: int = 0) -> list[int]:
@@ -121,6 +121,22 @@ def test_states_logits_and_experts_are_the_float32_models(shape, kind):
         # The model's own depth-1 pass counts positions from 0, and its first key is the pair (state 0, token 1).
         assert draft.shape == out.mtp[0][0].shape
         assert distance(draft, drafted(wanted, main.main, tokens)) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_streams_are_told_behind_each_layer(kind):
+    model, wanted = build(kind)
+    tokens = ids(model.config, 75)
+    outs: list[torch.Tensor] = []
+    for layer in wanted.model.main_layers:
+        layer.register_forward_hook(lambda module, inputs, out: outs.append(out[0][0]))
+    wanted.hidden(torch.tensor([tokens]))
+    pages, streams = Pages(model, dtype=torch.float32), torch.full((len(outs), 75, model.config.hidden_size), torch.nan)
+    states = pages.step(Segment([5, 9], 0, tokens), streams=streams)
+    for stream, out in zip(streams, outs, strict=True):
+        assert distance(stream, out) < 5e-6
+    assert torch.equal(states, pages.step(Segment([5, 9], 0, tokens)))
 
 
 def drafted(model: DeepseekV3, states: torch.Tensor, tokens: list[int]) -> torch.Tensor:

@@ -26,6 +26,7 @@ typedef struct {
     int64_t *positions, *chosen, *counts; /* (N,), (MoE layers, N, K), (MoE layers, E) or NULL */
     Block *block;
     float *x, *normed, *compressed, *latent, *q, *heads, *shared, *act, *cos, *sin, *weights;
+    float *streams; /* (layers run, N, D): the stream behind each layer is told, or NULL */
 } Step;
 typedef struct { /* a thread's own */
     Worker worker;
@@ -357,6 +358,10 @@ static void whole_step(const Step *s, Self *self, long mtp, const float *previou
     for (long i = first, moe = 0; i < end; i++) {
         decoder_layer(s, self, m->layers + i, i, mtp >= 0, moe);
         moe += m->layers[i].router.at != NULL;
+        if (!s->streams) continue;
+        for (long r; (r = claim(&self->worker)) < s->rows;)
+            memcpy(s->streams + ((i - first) * s->rows + r) * D, s->x + r * D, D * 4);
+        meet(&self->worker);
     }
     for (long r; (r = claim(&self->worker)) < s->rows;) {
         float *out = states + r * D;
@@ -380,11 +385,13 @@ static void plan_rows(Step *s, long sequences) {
         }
 }
 /* states (N, D) of a step. plan: (S, 3), then the tokens, then all sequences' pages. mtp: -1 for the main layers, or which MTP
-   layer reads `previous` (N, D). chosen (MoE layers, N, K) and counts (MoE layers, E), added to, may be NULL with mtp >= 0. */
+   layer reads `previous` (N, D). chosen (MoE layers, N, K) and counts (MoE layers, E), added to, may be NULL with mtp >= 0;
+   streams (layers run, N, D) always. */
 void decode_step(const Model *m, const Store *store, const int64_t *plan, long sequences, long rows, long mtp,
-                 const float *previous, float *states, int64_t *chosen, int64_t *counts, char *memory, int threads) {
+                 const float *previous, float *states, int64_t *chosen, int64_t *counts, float *streams, char *memory,
+                 int threads) {
     Arena arena = {(char *)round_up((long)memory, 64), 0};
-    Step s = {.m = m, .store = *store, .rows = rows};
+    Step s = {.m = m, .store = *store, .rows = rows, .streams = streams};
     carve(&arena, &s, m, rows);
     s.sequences = plan, s.tokens = plan + 3 * sequences, s.pages = s.tokens + rows, s.counts = counts;
     if (chosen) s.chosen = chosen;

@@ -1,0 +1,121 @@
+"""The training pass on the rollout's own numbers, to the bit: values by the kernels of generation, gradients by torch.
+
+    engine   one reading of the rows by kernels/decode: the stream behind each layer, the final states, the experts
+    torch    x_l = layer_l(x_{l-1}) with the engine's experts; the value of x_l is then the engine's, its gradient torch's own
+    so       the loss is of the very log-probabilities that the answer was drawn by, and so are ratios and gradients' inputs
+
+A row's numbers in those kernels are the same bits however it is cut and whatever runs beside it, so decoding over pages with
+drafts and reading whole rows agree to the last bit. Two orders of float32 sums would not: by up to 5e-5 nats where a sharp policy
+drew an unlikely token. Each layer starts from equal inputs, so how far torch's output is from the engine's is measured layer by
+layer (`gap`, `other`): that is what tells that both are one model, and the gate looks at it.
+Legend: B rows, T tokens, D model, V vocabulary, L layers, K top-k. Does not: MTP layers, whose log-probabilities no rollout is
+drawn by; devices but the CPU; models that are swapped from outside (FP8, adapters, shards).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3.infer import native
+from dsv3.infer.pages import PageStore
+from dsv3.kernels.decode import PAGE, Decoder, Segment
+from dsv3.model.transformer import DeepseekV3
+
+
+@dataclass
+class Reading:
+    """The engine's numbers of some rows."""
+
+    streams: Tensor  # (L, B, T, D) float32
+    states: Tensor  # (B, T, D) float32
+    experts: Tensor  # (B, T, L_moe, K) int64
+    logits: Callable[[Tensor], Tensor]  # states (n, D) -> (n, V) float32
+    gap: float = 0.0
+    """The largest distance of a layer's output in torch from the engine's, given equal inputs, as a share of the row's length."""
+
+    @contextlib.contextmanager
+    def told(self, model: DeepseekV3) -> Iterator[None]:
+        """While open, the model's forward over these rows has these values."""
+        modules = [*model.model.main_layers, model.model.norm]
+        before = [module.__dict__.get("forward") for module in modules]
+        for module, value in zip(modules, [*self.streams, self.states]):
+            module.forward = functools.partial(self._forward, module.forward, value)
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, before):
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.forward = forward
+
+    def _forward(self, forward: Callable, value: Tensor, *inputs: object):
+        made = forward(*inputs)
+        x = made[0] if isinstance(made, tuple) else made
+        with torch.no_grad():
+            far = (x.float() - value).norm(dim=-1) / value.norm(dim=-1).clamp(min=1e-30)
+            self.gap = max(self.gap, float(far.max()))
+        exact = with_value(x, value)
+        return (exact, *made[1:]) if isinstance(made, tuple) else exact
+
+
+class EnginePass:
+    """Reads rows as the engine does. Weights are read where they lie, as they are at each call.
+
+    Args:
+        model: the policy whose tensors are trained and sampled from; see `fits`.
+    """
+
+    def __init__(self, model: DeepseekV3) -> None:
+        self._model, self._decoder, self._pages = model, None, 0
+
+    @staticmethod
+    def fits(model: DeepseekV3) -> bool:
+        """Whether the kernels of generation run this model."""
+        return native.fits(model)
+
+    def read(self, tokens: Tensor) -> Reading:
+        """tokens (B, T) int64."""
+        rows, length = tokens.shape
+        config, each = self._model.config, -(-length // PAGE)
+        decoder = self._open(rows * each)
+        layers, moe = config.num_hidden_layers, sum(config.is_moe(i) for i in range(config.num_hidden_layers))
+        streams = torch.empty(layers, rows * length, config.hidden_size)
+        experts = torch.empty(moe, rows * length, config.num_experts_per_tok, dtype=torch.int64)
+        segments = [Segment(range(i * each, (i + 1) * each), 0, row) for i, row in enumerate(tokens.tolist())]
+        states = decoder.step(segments, chosen=experts, streams=streams)
+        return Reading(
+            streams.unflatten(1, (rows, length)),
+            states.unflatten(0, (rows, length)),
+            experts.unflatten(1, (rows, length)).permute(1, 2, 0, 3),
+            decoder.logits,
+        )
+
+    def _open(self, pages: int) -> Decoder:
+        if self._decoder is None or pages > self._pages:
+            weight, layers = self._model.lm_head.weight, self._model.config.num_hidden_layers
+            store = PageStore(self._model.config, pages, layers=layers, dtype=weight.dtype, device="cpu")
+            self._decoder, self._pages = Decoder(*native.describe(self._model), store.latents), pages
+        return self._decoder
+
+
+def with_value(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, rounded to the dtype of x, as far as anyone reads it; x to whoever asks for the gradient."""
+    return _WithValue.apply(x, value)
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+        assert value.shape == x.shape, (value.shape, x.shape)
+        return value.to(x.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
