@@ -1,8 +1,9 @@
 """Prompts with checkable answers: arithmetic made on the spot, reasoning-gym's tasks, and files.
 
     task   index -> Problem, for ever, the same for the same seed
-    split  a problem is held out where a hash of its prompt says so, else it is trained on. The same prompt is never on both
-           sides, however small the space of prompts and whatever the seeds are
+    split  a problem is held out where a hash of its subject says so, else it is trained on. A subject is what is asked, whatever
+           the words ("3+4"); where a task names none, the prompt. It is never on both sides, however few there are, whatever
+           the seeds, and of several tasks that ask for the same
 
 A problem's `kind` says how an answer is judged (post/rewards.py): "maths" (equal numbers or expressions), "text" (equal
 strings), "code" (the answer holds tests to pass) or "checked" (by the task's own checker).
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 KINDS = ("maths", "text", "code", "checked")
 SPLITS = ("train", "held-out")
-_HELD_OUT_OF = 8  # one prompt in so many is held out
+_HELD_OUT_OF = 8  # one subject in so many is held out
 _TRIES = 10_000
 _LOOKED_AT = 32
 
@@ -38,6 +39,7 @@ class Problem:
         answer: the right answer; of "code" the tests.
         language: what the answer should be written in ("en", "zh", ...), None where it does not matter.
         check: of "checked": a share from 0 to 1 for an answer. 1 is right, anything less is not.
+        subject: what is asked, whatever the words; None: the prompt.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Problem:
     language: str | None = None
     system: str | None = None
     check: Callable[[str], float] | None = field(default=None, compare=False, repr=False)
+    subject: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -100,6 +103,7 @@ class Arithmetic:
             prompt=f"What is {expression}?",
             answer=str(_value(numbers, signs)),
             kind="maths",
+            subject=_no_spaces(expression),
         )
 
 
@@ -129,12 +133,14 @@ class ReasoningGym:
 
     def problem(self, index: int) -> Problem:
         entry = self._data[index]
+        expression = entry.get("metadata", {}).get("expression")
         return Problem(
             id=f"{self.name}-{self.seed}-{index}",
             prompt=entry["question"],
             answer=str(entry["answer"]),
             kind="checked",
             check=lambda answer: float(self._data.score_answer(answer, entry)),
+            subject=_no_spaces(expression) if isinstance(expression, str) else None,
         )
 
 
@@ -194,10 +200,10 @@ class Split:
         for _ in range(_TRIES):
             task = rng.choices(self.tasks, self._weights)[0]
             problem = task.problem(rng.randrange(2**40) if not isinstance(task, FileTask) else rng.randrange(2**20))
-            if held_out(problem.prompt) == (self.side == "held-out"):
+            if held_out(problem) == (self.side == "held-out"):
                 return problem
         raise ValueError(
-            f"task {self.name} has no {self.side} problem in {_TRIES:,} draws: its prompts are too few to hold some out"
+            f"task {self.name} has no {self.side} problem in {_TRIES:,} draws: its subjects are too few to hold some out"
         )
 
     def problems(self, count: int) -> Iterator[Problem]:
@@ -252,9 +258,14 @@ def _setting(value: str) -> Any:
         return value
 
 
-def held_out(prompt: str) -> bool:
-    """Whether a prompt is never trained on."""
-    return hashlib.blake2b(prompt.encode(), digest_size=4).digest()[0] % _HELD_OUT_OF == 0
+def held_out(problem: Problem) -> bool:
+    """Whether a problem is never trained on."""
+    subject = problem.prompt if problem.subject is None else problem.subject
+    return hashlib.blake2b(subject.encode(), digest_size=4).digest()[0] % _HELD_OUT_OF == 0
+
+
+def _no_spaces(expression: str) -> str:
+    return "".join(expression.split())
 
 
 def _value(numbers: list[int], signs: list[str]) -> int:

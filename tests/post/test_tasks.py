@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3.post.tasks import Arithmetic, FileTask, Problem, ReasoningGym, Split, held_out, parse_tasks
+from dsv3.post.tasks import SPLITS, Arithmetic, FileTask, Problem, ReasoningGym, Split, held_out, parse_tasks
 
 
 def test_arithmetic_is_the_same_for_ever_and_right():
@@ -22,7 +22,17 @@ def test_no_prompt_is_on_both_sides_however_few_there_are():
     asked = [p.prompt for p in held.problems(1000)]
     assert len(set(asked)) == len(asked) > 5
     assert not trained & set(asked)
-    assert all(held_out(prompt) for prompt in asked)
+    assert all(held_out(problem) for problem in held.problems(1000))
+
+
+def test_a_sum_is_on_one_side_in_whatever_words_it_is_asked():
+    chain = ReasoningGym("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+    sides = [{p.subject for p in Split({Arithmetic(digits=1): 1, chain: 1}, s).problems(300)} for s in SPLITS]
+    assert not sides[0] & sides[1]
+    assert min(map(len, sides)) > 10
+    seven = [Problem(id="", prompt=prompt, answer="7", subject="3+4") for prompt in ("3 + 4 =", "What is 3 + 4?")]
+    assert held_out(seven[0]) == held_out(seven[1])
+    assert held_out(Problem(id="", prompt="3+4", answer="7")) == held_out(seven[0])
 
 
 def test_tasks_are_mixed_by_weight():
@@ -35,7 +45,7 @@ def test_tasks_are_mixed_by_weight():
 def test_a_task_with_one_prompt_cannot_be_held_out(tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps({"prompt": "1 + 1?", "answer": "2"}))
-    side = "train" if held_out("1 + 1?") else "held-out"
+    side = "train" if held_out(Problem(id="", prompt="1 + 1?", answer="2")) else "held-out"
     with pytest.raises(ValueError, match="too few to hold some out"):
         Split(FileTask(path), side).problem(0)
 
