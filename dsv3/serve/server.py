@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
+from dsv3.serve.connection import guarded
 from dsv3.serve.settings import ServeSettings
 
 log = logging.getLogger("dsv3.serve")
@@ -53,7 +54,11 @@ def run_app(
     listener = _bind(host, port)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        limit_concurrency=settings.max_connections, timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        http=guarded(
+            head_s=settings.head_timeout_s, head_bytes=settings.max_head_bytes,
+            message_bytes=settings.max_head_bytes + 8 * settings.max_body_bytes, most=settings.max_connections,
+        ),
     )  # fmt: skip
     server = Server(config, admission)
     failure: list[BaseException] = []

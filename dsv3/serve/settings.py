@@ -47,7 +47,7 @@ class ServeSettings:
         default_max_tokens: of answers that name no bound.
         max_choices: answers of one request (prompts times n). max_waiting: answers that may wait for a place.
         max_scores: log-probabilities that one request may be told, alternatives included: they take memory.
-        max_body_bytes, body_timeout_s: of a request's body.
+        max_body_bytes, body_timeout_s: of a request's body. max_head_bytes, head_timeout_s: of its line and headers.
         keep_alive_s: silence after which a comment (stream) or a blank line (JSON) is sent. 0: never.
         request_timeout_s: longest life of a request. send_timeout_s: longest wait for a client to read.
         max_backlog: steps' worth of deltas that a slow client may leave unread.
@@ -69,6 +69,8 @@ class ServeSettings:
     max_scores: int = 2**20
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
+    max_head_bytes: int = 64 * 2**10
+    head_timeout_s: float = 15.0
     keep_alive_s: float = 10.0
     request_timeout_s: float = 1800.0
     send_timeout_s: float = 60.0
@@ -85,13 +87,14 @@ class ServeSettings:
             "max_waiting": 1,
             "max_scores": 1,
             "max_body_bytes": 1024,
+            "max_head_bytes": 1024,
             "max_backlog": 1,
         }
         least |= {"max_connections": 1, "drain_s": 0, "keep_alive_s": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: give {low} or more")
-        for name in ("body_timeout_s", "request_timeout_s", "send_timeout_s", "grammar_s"):
+        for name in ("body_timeout_s", "head_timeout_s", "request_timeout_s", "send_timeout_s", "grammar_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give seconds above 0")
         if not self.model or len({key.secret for key in self.keys}) < len(self.keys):

@@ -70,6 +70,8 @@ def test_loading_serving_draining():
         early = post(url, "/v1/completions", {"model": "tiny", "prompt": "hello"})
         assert (early.status_code, early.headers["retry-after"]) == (503, "5")
         assert httpx.get(f"{url}/health").status_code == 200
+        with pytest.raises(httpx.HTTPError):  # the connection's own limits are on (tests/serve/test_connection.py)
+            httpx.get(f"{url}/health", headers={"x-long": "a" * 2_000_000}).raise_for_status()
         open_up(process, url)
         lines: list[str] = []
         reader = stream(url, lines)
