@@ -215,7 +215,7 @@ def _errors_of(arm: str, linears: dict[str, fp8.Fp8Linear], seen: dict[str, list
             weight = linears[name].weight
             module, wide = fp8.Fp8Linear(weight, fp8.AGAIN), weight.detach().double()
             with torch.no_grad():
-                dx, dw = torch.ops.dsv3.fp8_linear_backward(dy, x, *module.cast)
+                dx, dw = torch.ops.dsv3.fp8_linear_dgrad(dy, *module.cast), torch.ops.dsv3.fp8_linear_wgrad(dy, x)
                 pairs = {
                     "fprop": (module(x), x.double() @ wide.t()),
                     "dgrad": (dx, dy.double() @ wide),

@@ -11,12 +11,15 @@ Does not: route (see moe.py).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.kernels import native
 from dsv3.kernels.gemm import grouped_linear
+from dsv3.kernels.later import note, weight_gradients
 from dsv3.kernels.moe import permute, unpermute
 from dsv3.kernels.swiglu import swiglu
 
@@ -54,8 +57,8 @@ def _expert_mlp(
     """-> out (N, D) and h (R, 2·I), the products before SwiGLU."""
     x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
     out, h = torch.empty_like(x), x.new_empty(order.numel(), gate_up.shape[1])
-    sizes = (*weights.shape, x.shape[1], down.shape[-1], down.shape[0])
-    native.call("experts_forward", x, gate_up, down, weights, order, inverse, _offsets(counts), h, out, *sizes)
+    given = x, gate_up, down, weights, order, inverse, _offsets(counts)
+    native.call("experts_forward", *given, h, out, *_sizes(weights, x, down))
     return out, h
 
 
@@ -64,13 +67,50 @@ def _backward(
     d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, inverse: Tensor,
     counts: Tensor, h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of x, gate_up, down and weights."""
     d_out, x, gate_up, down, weights = (t.contiguous() for t in (d_out, x, gate_up, down, weights))
-    grads = [torch.empty_like(t) for t in (x, gate_up, down, weights)]
-    sizes = (*weights.shape, x.shape[1], down.shape[-1], down.shape[0])
+    dx, d_gate_up, d_down, d_weights = (torch.empty_like(t) for t in (x, gate_up, down, weights))
+    given = d_out, x, gate_up, down, weights, order, inverse, _offsets(counts), h
     native.call(
-        "experts_backward", d_out, x, gate_up, down, weights, order, inverse, _offsets(counts), h, *grads, *sizes
+        "experts_backward", *given, dx, d_gate_up, d_down, d_weights, native.NULL, *_sizes(weights, x, down)
     )  # fmt: skip
-    return grads[0], grads[1], grads[2], grads[3]
+    return dx, d_gate_up, d_down, d_weights
+
+
+@torch.library.custom_op("dsv3::expert_mlp_dgrad", mutates_args=())
+def _dgrad(
+    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, inverse: Tensor,
+    counts: Tensor, h: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of x and weights, and what those of the matrices are made of: (R·3·I,), rows dh (R, 2·I) and then act (R, I)."""
+    d_out, x, gate_up, down, weights = (t.contiguous() for t in (d_out, x, gate_up, down, weights))
+    dx, d_weights, kept = torch.empty_like(x), torch.empty_like(weights), h.new_empty(h.numel() // 2 * 3)
+    given = d_out, x, gate_up, down, weights, order, inverse, _offsets(counts), h
+    native.call(
+        "experts_backward", *given, dx, native.NULL, native.NULL, d_weights, kept, *_sizes(weights, x, down)
+    )  # fmt: skip
+    return dx, d_weights, kept
+
+
+def _wgrad(
+    d_out: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate_up and down."""
+    d_gate_up, d_down = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate_up, down))
+    given = d_out.contiguous(), x.contiguous(), order, _offsets(counts), kept
+    native.call("experts_wgrad", *given, d_gate_up, d_down, *_sizes(weights, x, down))
+    return d_gate_up, d_down
+
+
+def _sizes(weights: Tensor, x: Tensor, down: Tensor) -> tuple[int, ...]:
+    return (*weights.shape, x.shape[1], down.shape[-1], down.shape[0])
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -88,13 +128,27 @@ def _(d_out, x, gate_up, down, weights, order, inverse, counts, h):
     return like[0], like[1], like[2], like[3]
 
 
+@_dgrad.register_fake
+def _(d_out, x, gate_up, down, weights, order, inverse, counts, h):
+    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights)]
+    return like[0], like[1], h.new_empty(h.numel() // 2 * 3)
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # of what backward never reads
+    note(ctx)
     ctx.save_for_backward(*inputs, output[1])
 
 
 def _differentiate(ctx, d_out: Tensor, _: Tensor):
-    return (*_backward(d_out, *ctx.saved_tensors), None, None, None)
+    saved = ctx.saved_tensors
+    if ctx.later is None and ctx.next_functions[1][0] is not None:  # in one go: half the passes over memory
+        return (*_backward(d_out, *saved), None, None, None)
+    x, gate_up, down, weights, order, _, counts, _ = saved
+    dx, d_weights, kept = _dgrad(d_out, *saved)
+    make = functools.partial(_wgrad, d_out, x, gate_up, down, weights, order, counts, kept)
+    d_gate_up, d_down = weight_gradients(ctx, [1, 2], make)
+    return dx, d_gate_up, d_down, d_weights, None, None, None
 
 
 _expert_mlp.register_autograd(_differentiate, setup_context=_save)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.kernels.later import note, weight_gradients
 from dsv3.kernels.triton import use_triton
 
 
@@ -41,25 +42,40 @@ def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("dsv3::grouped_linear_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("dsv3::grouped_linear_dgrad", mutates_args=())
+def _dgrad(dy: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """dy (R, O) -> dx (R, I)."""
+    dy = dy.contiguous()
+    if _in_triton(dy):
+        from dsv3.kernels.triton import gemm
+
+        return gemm.grouped_mm_bfloat16(dy, w.mT, _offsets(counts))
+    dx = dy.new_empty(dy.shape[0], w.shape[2])
+    start = 0
+    for matrix, count in zip(w.unbind(0), counts.tolist()):
+        if count:
+            torch.mm(dy[start : start + count], matrix, out=dx[start : start + count])
+            start += count
+    return dx
+
+
+@torch.library.custom_op("dsv3::grouped_linear_wgrad", mutates_args=())
+def _wgrad(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """dy (R, O), x (R, I) -> dw (E, O, I)."""
     dy = dy.contiguous()
     if _in_triton(x):
         from dsv3.kernels.triton import gemm
 
-        offsets = _offsets(counts)
-        return gemm.grouped_mm_bfloat16(dy, w.mT, offsets), gemm.grouped_wgrad_bfloat16(dy, x.contiguous(), offsets)
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
+        return gemm.grouped_wgrad_bfloat16(dy, x.contiguous(), _offsets(counts))
+    dw = x.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
     start = 0
-    for matrix, d_matrix, count in zip(w.unbind(0), dw.unbind(0), counts.tolist()):
+    for d_matrix, count in zip(dw.unbind(0), counts.tolist()):
         if count:
-            rows = slice(start, start + count)
-            torch.mm(dy[rows], matrix, out=dx[rows])
-            torch.mm(dy[rows].t(), x[rows], out=d_matrix)
+            torch.mm(dy[start : start + count].t(), x[start : start + count], out=d_matrix)
             start += count
         else:
             d_matrix.zero_()  # an expert without a token: a true zero, never what the memory held before
-    return dx, dw
+    return dw
 
 
 def _in_triton(x: Tensor) -> bool:
@@ -75,18 +91,25 @@ def _(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-@_backward.register_fake
-def _(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(w)
+@_dgrad.register_fake
+def _(dy: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[0], w.shape[2])
+
+
+@_wgrad.register_fake
+def _(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
 
 
 def _save(ctx, inputs, output) -> None:
+    note(ctx)
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx, dy: Tensor):
     x, w, counts = ctx.saved_tensors
-    dx, dw = _backward(dy, x, w, counts)
+    dx = _dgrad(dy, w, counts) if ctx.needs_input_grad[0] else None
+    (dw,) = weight_gradients(ctx, [1], lambda: [_wgrad(dy, x, counts)])
     return dx, dw, None
 
 

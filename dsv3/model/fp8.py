@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dsv3.kernels.fp8_gemm import fp8_grouped_mm, fp8_grouped_wgrad, fp8_mm, fp8_wgrad, one_group
+from dsv3.kernels.later import note, weight_gradients
 from dsv3.kernels.moe import permute, unpermute
 from dsv3.kernels.norm import rms_norm_cast
 from dsv3.kernels.quant import (
@@ -209,12 +210,16 @@ def _linear(
     return fp8_mm(codes, scales, w_codes, w_scales, torch.bfloat16)
 
 
-@torch.library.custom_op("dsv3::fp8_linear_backward", mutates_args=())
-def _linear_backward(dy: Tensor, x: Tensor, w_codes: Tensor, w_scales: Tensor) -> tuple[Tensor, Tensor]:
-    rows = one_group(dy.shape[0], dy.device)
+@torch.library.custom_op("dsv3::fp8_linear_dgrad", mutates_args=())
+def _linear_dgrad(dy: Tensor, w_codes: Tensor, w_scales: Tensor) -> Tensor:
     codes, scales = cast_gradient(dy)
-    dx = fp8_mm(codes, scales, w_codes.t(), w_scales.t(), torch.bfloat16)
-    return dx, fp8_wgrad(*cast_gradient_columns(dy, rows), *cast_columns(x, rows))
+    return fp8_mm(codes, scales, w_codes.t(), w_scales.t(), torch.bfloat16)
+
+
+@torch.library.custom_op("dsv3::fp8_linear_wgrad", mutates_args=())
+def _linear_wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    rows = one_group(dy.shape[0], dy.device)
+    return fp8_wgrad(*cast_gradient_columns(dy, rows), *cast_columns(x, rows))
 
 
 @torch.library.custom_op("dsv3::fp8_experts_up", mutates_args=())
@@ -227,15 +232,20 @@ def _experts_up(
     return fp8_grouped_mm(*rows, w_codes, w_scales, offsets, torch.bfloat16)
 
 
-@torch.library.custom_op("dsv3::fp8_experts_up_backward", mutates_args=())
-def _experts_up_backward(
-    dh: Tensor, codes: Tensor, scales: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor,
-    offsets: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@torch.library.custom_op("dsv3::fp8_experts_up_dgrad", mutates_args=())
+def _experts_up_dgrad(
+    dh: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, tokens: int
+) -> Tensor:
     d_rows = fp8_grouped_mm(*cast_gradient(dh), w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
+    return unpermute(d_rows, order, inverse, order.numel() // tokens)
+
+
+@torch.library.custom_op("dsv3::fp8_experts_up_wgrad", mutates_args=())
+def _experts_up_wgrad(
+    dh: Tensor, codes: Tensor, scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> Tensor:
     rows = _dispatch(codes, scales, order, inverse)
-    dw = fp8_grouped_wgrad(*cast_gradient_columns(dh, offsets), *retile(*rows, offsets), offsets)
-    return unpermute(d_rows, order, inverse, order.numel() // codes.shape[0]), dw
+    return fp8_grouped_wgrad(*cast_gradient_columns(dh, offsets), *retile(*rows, offsets), offsets)
 
 
 @torch.library.custom_op("dsv3::fp8_experts_down", mutates_args=())
@@ -248,14 +258,21 @@ def _experts_down(
     return unpermute(y, order, inverse, top_k)
 
 
-@torch.library.custom_op("dsv3::fp8_experts_down_backward", mutates_args=())
-def _experts_down_backward(
-    d_out: Tensor, act: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    codes, scales = cast_gradient(d_out, pow2=True)
+@torch.library.custom_op("dsv3::fp8_experts_down_dgrad", mutates_args=())
+def _experts_down_dgrad(
+    codes: Tensor, scales: Tensor, w_codes: Tensor, w_scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> Tensor:
+    """codes and scales are d_out's, cast once for both halves: they travel."""
     rows = _dispatch(codes, scales, order, inverse)
-    d_act = fp8_grouped_mm(*rows, w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
-    return d_act, fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *cast_columns(act, offsets), offsets)
+    return fp8_grouped_mm(*rows, w_codes.mT, w_scales.mT, offsets, torch.bfloat16)
+
+
+@torch.library.custom_op("dsv3::fp8_experts_down_wgrad", mutates_args=())
+def _experts_down_wgrad(
+    codes: Tensor, scales: Tensor, act: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> Tensor:
+    rows = _dispatch(codes, scales, order, inverse)
+    return fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *cast_columns(act, offsets), offsets)
 
 
 def _dispatch(codes: Tensor, scales: Tensor, order: Tensor, inverse: Tensor) -> Fp8:
@@ -268,9 +285,14 @@ def _(x, weight, codes, scales, w_codes, w_scales, keep):
     return x.new_empty((x.shape[0], w_codes.shape[0]), dtype=torch.bfloat16)
 
 
-@_linear_backward.register_fake
-def _(dy, x, w_codes, w_scales):
-    return torch.empty_like(x), torch.empty_like(w_codes, dtype=torch.float32)
+@_linear_dgrad.register_fake
+def _(dy, w_codes, w_scales):
+    return dy.new_empty((dy.shape[0], w_codes.shape[1]), dtype=torch.bfloat16)
+
+
+@_linear_wgrad.register_fake
+def _(dy, x):
+    return dy.new_empty((dy.shape[1], x.shape[1]), dtype=torch.float32)
 
 
 @_experts_up.register_fake
@@ -278,9 +300,14 @@ def _(x, weight, codes, scales, w_codes, w_scales, order, inverse, offsets):
     return x.new_empty((order.shape[0], w_codes.shape[1]), dtype=torch.bfloat16)
 
 
-@_experts_up_backward.register_fake
-def _(dh, codes, scales, w_codes, w_scales, order, inverse, offsets):
-    return dh.new_empty(codes.shape), torch.empty_like(w_codes, dtype=torch.float32)
+@_experts_up_dgrad.register_fake
+def _(dh, w_codes, w_scales, order, inverse, offsets, tokens):
+    return dh.new_empty(tokens, w_codes.shape[2])
+
+
+@_experts_up_wgrad.register_fake
+def _(dh, codes, scales, order, inverse, offsets):
+    return dh.new_empty((offsets.shape[0] - 1, dh.shape[1], codes.shape[1]), dtype=torch.float32)
 
 
 @_experts_down.register_fake
@@ -288,35 +315,54 @@ def _(act, weight, codes, scales, w_codes, w_scales, order, inverse, offsets, to
     return act.new_empty((act.shape[0] // top_k, w_codes.shape[1]))
 
 
-@_experts_down_backward.register_fake
-def _(d_out, act, w_codes, w_scales, order, inverse, offsets):
-    return torch.empty_like(act), torch.empty_like(w_codes, dtype=torch.float32)
+@_experts_down_dgrad.register_fake
+def _(codes, scales, w_codes, w_scales, order, inverse, offsets):
+    return scales.new_empty((order.shape[0], w_codes.shape[2]), dtype=torch.bfloat16)
+
+
+@_experts_down_wgrad.register_fake
+def _(codes, scales, act, order, inverse, offsets):
+    return act.new_empty((offsets.shape[0] - 1, codes.shape[1], act.shape[1]), dtype=torch.float32)
 
 
 def _save_linear(ctx, inputs, output) -> None:
     x, _, _, _, w_codes, w_scales, _ = inputs
+    note(ctx)
     ctx.save_for_backward(x, w_codes, w_scales)
 
 
 def _differentiate_linear(ctx, dy: Tensor):
-    return (*_linear_backward(dy, *ctx.saved_tensors), None, None, None, None, None)
+    x, w_codes, w_scales = ctx.saved_tensors
+    dx = _linear_dgrad(dy, w_codes, w_scales)
+    (dw,) = weight_gradients(ctx, [1], lambda: [_linear_wgrad(dy, x)])
+    return dx, dw, None, None, None, None, None
 
 
 def _save_up(ctx, inputs, output) -> None:
+    note(ctx)
     ctx.save_for_backward(*inputs[2:])
 
 
 def _differentiate_up(ctx, dh: Tensor):
-    return (*_experts_up_backward(dh.contiguous(), *ctx.saved_tensors), *(None,) * 7)
+    dh = dh.contiguous()
+    codes, scales, w_codes, w_scales, order, inverse, offsets = ctx.saved_tensors
+    dx = _experts_up_dgrad(dh, w_codes, w_scales, order, inverse, offsets, codes.shape[0])
+    (dw,) = weight_gradients(ctx, [1], lambda: [_experts_up_wgrad(dh, codes, scales, order, inverse, offsets)])
+    return dx, dw, *(None,) * 7
 
 
 def _save_down(ctx, inputs, output) -> None:
     act, _, _, _, *rest, _ = inputs
+    note(ctx)
     ctx.save_for_backward(act, *rest)
 
 
 def _differentiate_down(ctx, d_out: Tensor):
-    return (*_experts_down_backward(d_out.contiguous(), *ctx.saved_tensors), *(None,) * 8)
+    act, w_codes, w_scales, order, inverse, offsets = ctx.saved_tensors
+    codes, scales = cast_gradient(d_out.contiguous(), pow2=True)
+    d_act = _experts_down_dgrad(codes, scales, w_codes, w_scales, order, inverse, offsets)
+    (dw,) = weight_gradients(ctx, [1], lambda: [_experts_down_wgrad(codes, scales, act, order, inverse, offsets)])
+    return d_act, dw, *(None,) * 8
 
 
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)

@@ -6,8 +6,9 @@
 
 The order of forwards and backwards is the library's: Schedule1F1B, ScheduleZBVZeroBubble and ScheduleDualPipeV of
 torch.distributed.pipelining. The two zero-bubble schedules run the backward pass in two halves, for the input at once and
-for the weights when there is nothing else to do; their stages lie in a V, two a rank. Not every backward pass divides: see
-`_divides`. And our own operators (experts, norms, head) do not know which half is wanted: they compute both each time.
+for the weights when there is nothing else to do; their stages lie in a V, two a rank. The halves are ours (kernels/later.py):
+Linears and experts, in FP8 too and where layers are computed again, promise their weights' gradients in the first half and
+make them in the second. The library's own halves walk the graph twice, which custom operators and recomputation do not stand.
 
 Every rank of the group reads the same batch (stage.Feed). A step ends with three exchanges over the group: the gradients of
 the embedding and of its replica in the last stage become their sum, the loads of all routers one table, and the last stage's
@@ -19,7 +20,6 @@ Does not: shard parameters (a stage may be wrapped by fully_shard before it is g
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from dsv3.kernels.later import LateLinear, Later
 from dsv3.model.transformer import Hidden
 from dsv3.parallel.stage import STAGES_A_RANK, Feed, Run, Stage, split
 
@@ -85,10 +86,16 @@ class Pipeline:
                 f"rank {self.rank} of {self.ranks} holds stages {[part.index for part in mine]} under {schedule!r}, and was "
                 f"given {[stage.part for stage in stages]}: build those of split(config, {self.ranks}, {schedule!r})"
             )
-        if STAGES_A_RANK[schedule] > 1 and any(_divides(stage) and _is_compiled(stage) for stage in stages):
+        halves = STAGES_A_RANK[schedule] > 1
+        if halves and any(_is_compiled(stage) for stage in stages):
             raise ValueError(
                 f"compiled layers have one backward pass, and {schedule!r} takes it in two halves: drop compile, or use '1f1b'"
             )
+        self.later = [Later() if halves else None for _ in stages]
+        for stage in stages if halves else []:
+            for module in stage.model.layers.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = LateLinear
         self.device = next(stages[0].parameters()).device
         self._built: tuple[Any, Any] = (None, None)
         for stage in stages:
@@ -108,9 +115,9 @@ class Pipeline:
         """
         shape = feed.inputs(0)[0].shape
         run = Run(feed, self.config, shape=shape, stream=self.stream, balance=balance, device=self.device)
-        for stage in self.stages:
+        for stage, later in zip(self.stages, self.later):
             stage.zero_grad(set_to_none=True)
-            stage.run = run
+            stage.run, stage.later = run, later
         numbers = torch.arange(micro_batches)
         schedule = self._schedule(micro_batches, shape)
         try:
@@ -161,9 +168,9 @@ class Pipeline:
                     input_args=() if stage.part.first else between,
                     output_args=(scalar,) if stage.part.last else between,
                     group=self.group,
-                    dw_builder=None if _divides(stage) else _undivided,
+                    dw_builder=None if later is None else later.take,
                 )
-                for stage in self.stages
+                for stage, later in zip(self.stages, self.later)
             ]
             kind = {"1f1b": Schedule1F1B, "zero-bubble": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
             held: Any = stages if STAGES_A_RANK[self.schedule] > 1 else stages[0]
@@ -185,23 +192,8 @@ class _LibraryStage(PipelineStage):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
-def _divides(stage: Stage) -> bool:
-    """Whether the zero-bubble schedules may take a stage's backward pass in two halves.
-
-    Not where layers are computed again in it (apply.prepare: recomputation, FP8's kept activations), for each half would do
-    so; nor where several MTP depths read the embedding, one behind the other: the library then meets the same nodes twice.
-    """
-    again = any({"forward", "attention_block"} & vars(layer).keys() for layer in stage.model.layers)
-    return not again and len(stage.model.mtp_layers) < 2
-
-
 def _is_compiled(stage: Stage) -> bool:
     return any(layer._compiled_call_impl is not None for layer in stage.model.layers)
-
-
-def _undivided() -> Callable[[], None]:
-    """For the library: the input's half was the whole backward pass, nothing is left for the weights' half."""
-    return lambda: None
 
 
 def accumulate_in_float32(module: nn.Module) -> None:

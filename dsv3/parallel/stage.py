@@ -17,6 +17,7 @@ Does not: communicate, or know schedules' order.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dsv3.kernels.later import Later
 from dsv3.model.census import layer_of, memory_shapes
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3, Hidden, Routed, Routing, join_routing, run_layer, run_mtp
@@ -197,6 +199,7 @@ class Stage(DeepseekV3):
         self.part = part
         self.rows = router_rows(config, part)
         self.run: Run | None = None  # during a step
+        self.later: Later | None = None  # where its weights' gradients wait
         for layer in set(range(config.num_layers_with_mtp)) - set(part.layers):
             del self.model.layers._modules[str(layer)]  # deleting by index would number the rest anew
         if not part.embedding:
@@ -236,7 +239,8 @@ class Stage(DeepseekV3):
         assert tokens.shape == run.shape, f"micro-batch {number} is {tuple(tokens.shape)}, the first {tuple(run.shape)}"
         x, carried = received or (None, torch.zeros((), device=tokens.device))
         depth = self.config.num_nextn_predict_layers
-        out, routing = self._advance(x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance)
+        with contextlib.nullcontext() if self.later is None else self.later.noted():
+            out, routing = self._advance(x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance)
         if len(routing.counts):
             run.count(number, self.rows, routing)
         if isinstance(out, Tensor):

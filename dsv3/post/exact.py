@@ -18,6 +18,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,17 @@ class Reading:
     def told(self, model: DeepseekV3) -> Iterator[None]:
         """While open, the model's forward over these rows has these values."""
         modules = [*model.model.main_layers, model.model.norm]
-        before = [module.__dict__.get("forward") for module in modules]
+        before = [vars(module).get("forward") for module in modules]
         for module, value in zip(modules, [*self.streams, self.states]):
-            module.forward = functools.partial(self._forward, module.forward, value)
+            vars(module)["forward"] = functools.partial(self._forward, module.forward, value)
         try:
             yield
         finally:
             for module, forward in zip(modules, before):
                 if forward is None:
-                    del module.__dict__["forward"]
+                    del vars(module)["forward"]
                 else:
-                    module.forward = forward
+                    vars(module)["forward"] = forward
 
     def _forward(self, forward: Callable, value: Tensor, *inputs: object):
         made = forward(*inputs)
@@ -73,7 +74,8 @@ class EnginePass:
     """
 
     def __init__(self, model: DeepseekV3) -> None:
-        self._model, self._decoder, self._pages = model, None, 0
+        self._model, self._pages = model, 0
+        self._decoder: Decoder | None = None
 
     @staticmethod
     def fits(model: DeepseekV3) -> bool:
@@ -112,10 +114,10 @@ def with_value(x: Tensor, value: Tensor) -> Tensor:
 
 class _WithValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
         assert value.shape == x.shape, (value.shape, x.shape)
         return value.to(x.dtype, copy=True)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -200,48 +200,73 @@ static void weight_gradient(Grad g, bf16 *dw, const bf16 *left, const int64_t *l
     for (long i = 0; i < rows * width; i += 16) store_bf16(dw + first * width + i, _mm512_loadu_ps(g.c + i));
 }
 
-/* dx (N, D), d_gate_up, d_down, d_weights (N, K). */
-void experts_backward(const bf16 *d_out, const bf16 *x, const bf16 *gate_up, const bf16 *down, const float *weights,
-                      const int64_t *order, const int64_t *inverse, const int64_t *offsets, const bf16 *h, bf16 *dx,
-                      bf16 *d_gate_up, bf16 *d_down, float *d_weights, long N, long K, long D, long I, long E, int threads) {
+/* d_gate_up and d_down of rows dh (R, G), act (R, I): the threads of a parallel region share the tasks. */
+static void weight_gradients(Arena *scratch, const bf16 *d_out, const bf16 *x, const int64_t *order, const int64_t *offsets,
+                             const bf16 *dh, const bf16 *act, bf16 *d_gate_up, bf16 *d_down, long K, long D, long I, long E) {
     const long G = 2 * I, up_band = band(G, D), down_band = band(D, I);
     const long ups = (G + up_band - 1) / up_band, downs = (D + down_band - 1) / down_band;
-    Arena size = {NULL, 0}, grad_size = {NULL, 0}, other = {NULL, 0};
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < E * (ups + downs); i++) {
+        const long e = i / (ups + downs), part = i % (ups + downs);
+        scratch->used = 0;
+        if (part < ups) {
+            const long first = part * up_band, last = first + up_band < G ? first + up_band : G;
+            weight_gradient(carve_grad(scratch, G, D), d_gate_up + e * G * D, dh, NULL, G, x, order, D, K, offsets[e],
+                            offsets[e + 1], first, last);
+        } else {
+            const long first = (part - ups) * down_band, last = first + down_band < D ? first + down_band : D;
+            weight_gradient(carve_grad(scratch, D, I), d_down + e * D * I, d_out, order, D, act, NULL, I, K, offsets[e],
+                            offsets[e + 1], first, last);
+        }
+    }
+}
+static size_t grad_bytes(long D, long I) {
+    Arena up = {NULL, 0}, down = {NULL, 0};
+    carve_grad(&up, 2 * I, D);
+    carve_grad(&down, D, I);
+    return up.used > down.used ? up.used : down.used;
+}
+
+/* dx (N, D), d_weights (N, K), and d_gate_up, d_down; or with `kept` (R, G + I) instead of these two the rows dh (R, G), then
+   act (R, I), that experts_wgrad makes them of. */
+void experts_backward(const bf16 *d_out, const bf16 *x, const bf16 *gate_up, const bf16 *down, const float *weights,
+                      const int64_t *order, const int64_t *inverse, const int64_t *offsets, const bf16 *h, bf16 *dx,
+                      bf16 *d_gate_up, bf16 *d_down, float *d_weights, bf16 *kept, long N, long K, long D, long I, long E,
+                      int threads) {
+    const long G = 2 * I, n = make_tasks(NULL, offsets, E);
+    Arena size = {NULL, 0};
     carve(&size, D, I);
-    carve_grad(&grad_size, G, D);
-    carve_grad(&other, D, I);
-    const size_t most = size.used > grad_size.used ? size.used : grad_size.used;
-    const long n = make_tasks(NULL, offsets, E);
+    const size_t most = size.used > grad_bytes(D, I) ? size.used : grad_bytes(D, I);
     Task *tasks = allocate((n + 1) * sizeof(Task));
     make_tasks(tasks, offsets, E);
-    Buffer *buffer = borrow(N * K * (G + I + D) * 2);
-    bf16 *dh = (bf16 *)(buffer + 1), *act = dh + N * K * G, *dx_rows = act + N * K * I;
-    fresh(d_gate_up, E * G * D * 2);
-    fresh(d_down, E * D * I * 2);
+    Buffer *buffer = borrow(N * K * (D + (kept ? 0 : G + I)) * 2);
+    bf16 *dx_rows = (bf16 *)(buffer + 1), *dh = kept ? kept : dx_rows + N * K * D, *act = dh + N * K * G;
+    if (!kept) {
+        fresh(d_gate_up, E * G * D * 2);
+        fresh(d_down, E * D * I * 2);
+    }
 #pragma omp parallel num_threads(threads)
     {
-        Arena scratch = {allocate(most > other.used ? most : other.used), 0};
+        Arena scratch = {allocate(most), 0};
         Work w = carve(&scratch, D, I);
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < n; i++)
             backward_task(w, tasks[i], d_out, gate_up, down, weights, order, h, dh, act, dx_rows, d_weights, K, D, I);
         sum_copies(dx, dx_rows, inverse, N, K, D);
-#pragma omp for schedule(dynamic)
-        for (long i = 0; i < E * (ups + downs); i++) {
-            const long e = i / (ups + downs), part = i % (ups + downs);
-            scratch.used = 0;
-            if (part < ups) {
-                const long first = part * up_band, last = first + up_band < G ? first + up_band : G;
-                weight_gradient(carve_grad(&scratch, G, D), d_gate_up + e * G * D, dh, NULL, G, x, order, D, K, offsets[e],
-                                offsets[e + 1], first, last);
-            } else {
-                const long first = (part - ups) * down_band, last = first + down_band < D ? first + down_band : D;
-                weight_gradient(carve_grad(&scratch, D, I), d_down + e * D * I, d_out, order, D, act, NULL, I, K, offsets[e],
-                                offsets[e + 1], first, last);
-            }
-        }
+        if (!kept) weight_gradients(&scratch, d_out, x, order, offsets, dh, act, d_gate_up, d_down, K, D, I, E);
         free(scratch.base);
     }
     give_back(buffer);
     free(tasks);
+}
+void experts_wgrad(const bf16 *d_out, const bf16 *x, const int64_t *order, const int64_t *offsets, const bf16 *kept,
+                   bf16 *d_gate_up, bf16 *d_down, long N, long K, long D, long I, long E, int threads) {
+    fresh(d_gate_up, E * 2 * I * D * 2);
+    fresh(d_down, E * D * I * 2);
+#pragma omp parallel num_threads(threads)
+    {
+        Arena scratch = {allocate(grad_bytes(D, I)), 0};
+        weight_gradients(&scratch, d_out, x, order, offsets, kept, kept + N * K * 2 * I, d_gate_up, d_down, K, D, I, E);
+        free(scratch.base);
+    }
 }
