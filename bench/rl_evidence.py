@@ -5,7 +5,7 @@
 
 For each seed a model of half a million parameters is fine-tuned for a minute on answered questions of a reasoning-gym task, then
 trained by GRPO on further questions of it. Questions whose hash says so are held out of both (dsv3/post/tasks.py). Float32: the
-gate compares each rollout's log-probabilities and experts with the training pass, and would stop the run.
+gate compares each rollout's log-probabilities and experts with the training pass, to the bit on a CPU, and would stop the run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MAX_TOKENS = 8
 FIELDS = ("step", "reward", "heldout_accuracy", "no_variance", "entropy", "kl", "length", "logprob_gap", "logprob_gap_p99",
-          "logprob_gap_max", "route_mismatch", "near_ties")  # fmt: skip
+          "logprob_gap_max", "route_mismatch", "layer_gap", "router_gap")  # fmt: skip
 
 
 def model_config(vocab_size: int) -> ModelConfig:
