@@ -1,7 +1,8 @@
 """What every request passes before a route sees it: an id, the key, the Host, and the size of its body.
 
     x-request-id    the client's own if it is a plain word, else a new one; on every reply
-    Host            without keys, names of this machine only: a web page elsewhere cannot reach in by rebinding its name
+    Host, Origin    without keys, names of this machine only: a web page elsewhere can neither reach in by rebinding its name nor
+                    have the server work by sending what needs no preflight
     key             asked for on all paths but the page, /health, /ready and the OpenAPI document, before the body is read
     body            counted while it arrives: 413 beyond the limit, 408 if it takes too long
 
@@ -61,7 +62,7 @@ class Gate:
         start, owner, label = time.monotonic(), None, _label(scope["path"])
         try:
             try:
-                self._check_host(headers.get(b"host"))
+                self._check_host(headers.get(b"host"), headers.get(b"origin"))
                 if label != "other" and scope["method"] != "OPTIONS":
                     owner = self._service.keys.owner(headers.get(b"authorization"))
                     scope.setdefault("state", {})["owner"] = owner
@@ -90,15 +91,24 @@ class Gate:
                 name,
             )
 
-    def _check_host(self, host: bytes | None) -> None:
-        if self._service.settings.keys or host is None:
+    def _check_host(self, host: bytes | None, origin: bytes | None) -> None:
+        settings = self._service.settings
+        if settings.keys:
             return
-        name = host.decode("latin-1")
-        name = name[1:].split("]")[0] if name.startswith("[") else name.split(":")[0]
-        if not is_loopback(name):
+        if host is not None and not is_loopback(_name(host.decode("latin-1"))):
             raise ApiError(
                 403, "this server has no API keys and answers to this machine's names only: use 127.0.0.1, or set keys"
             )
+        page = (origin or b"").decode("latin-1")
+        if page and page not in settings.origins and not is_loopback(_name(page.partition("://")[2])):
+            raise ApiError(
+                403, f"this server does not answer web pages of {page:.100}: name it in --origins, or set keys"
+            )
+
+
+def _name(host: str) -> str:
+    """Of a host, without its port."""
+    return host[1:].split("]")[0] if host.startswith("[") else host.split(":")[0]
 
 
 class _Watch:

@@ -76,8 +76,8 @@ class Keys:
         return found
 
     @contextmanager
-    def use(self, owner: Owner, tokens: int) -> Iterator[None]:
-        """A request of so many prompt tokens runs inside.
+    def use(self, owner: Owner, tokens: int, field: str = "messages") -> Iterator[None]:
+        """A request of so many prompt tokens, from this field, runs inside.
 
         Raises:
             ApiError: 429, the key's limits.
@@ -85,7 +85,7 @@ class Keys:
         if owner.max_concurrent is not None and owner.running >= owner.max_concurrent:
             message = f"this key runs {owner.running} requests, its limit: wait for one to end"
             raise ApiError(429, message, retry_after=1)
-        self._charge(owner, tokens)
+        self._charge(owner, tokens, field)
         owner.running += 1
         try:
             yield
@@ -96,7 +96,7 @@ class Keys:
         """Charge an answer; the bucket may go below empty."""
         owner.tokens -= tokens
 
-    def _charge(self, owner: Owner, tokens: int) -> None:
+    def _charge(self, owner: Owner, tokens: int, field: str) -> None:
         rate = owner.tokens_per_minute
         if rate is None:
             return
@@ -105,7 +105,7 @@ class Keys:
         owner.filled_at = now
         if tokens > rate:
             raise ApiError(
-                400, f"the prompt has {tokens} tokens, this key may use {rate} a minute: shorten it", param="messages"
+                400, f"the prompt has {tokens} tokens, this key may use {rate} a minute: shorten it", param=field
             )
         if owner.tokens < tokens or owner.tokens <= 0:
             wait = (max(tokens, 1) - owner.tokens) * 60 / rate

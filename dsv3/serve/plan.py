@@ -38,6 +38,7 @@ class Plan:
         thinking, reasoning, tools: how to parse a chat's answers. single_call: keep its first call only.
         echo: texts to put in front of a completion's answers. scoring: its last token may be an end token, which has no text.
         usage: send usage in a chunk of its own.
+        asked, bound: the fields that prompts and grammar came from, for errors to name.
     """
 
     model: str
@@ -54,6 +55,8 @@ class Plan:
     echo: list[str] = field(default_factory=list)
     echo_skip: int = 0  # prompt tokens in front that are no part of the echo
     scoring: bool = False
+    asked: str = "messages"
+    bound: str = "response_format"
 
     @property
     def answers(self) -> int:
@@ -95,6 +98,7 @@ class Planner:
         if choice == "required" and isinstance(request.tool_choice, NamedTool):
             functions = [f for f in functions if f.name == request.tool_choice.function.name]
         single = request.parallel_tool_calls is False
+        bound = _bound(request, functions, choice)
         try:
             grammar = reply_grammar(
                 self.tokenizer,
@@ -105,18 +109,19 @@ class Planner:
                 thinking=rendered.thinking,
             )
         except ValueError as error:
-            raise refuse("response_format", f"response_format: {error}") from None
+            raise refuse(bound.split()[0], f"{bound}: {error}") from None
         logprobs = top or 0 if request.logprobs else None
         wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         if request.max_tokens is not None and wanted != request.max_tokens:
             raise refuse(
                 "max_tokens", f"max_tokens is {request.max_tokens} and max_completion_tokens {wanted}: give one of them"
             )
-        params = self._params(request, [rendered.ids], wanted, logprobs, grammar=grammar)
+        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        params = self._params(request, [rendered.ids], self._count(name, wanted, 1, None), logprobs, grammar=grammar)
         return Plan(
             model=model, prompts=[rendered.ids], params=params, logprobs=logprobs,
             thinking=rendered.thinking, reasoning=rendered.thinking or self._expects_reasoning(request), tools=bool(functions),
-            single_call=single, **self._streaming(request),
+            single_call=single, bound=bound, **self._streaming(request),
         )  # fmt: skip
 
     def completion(self, request: CompletionRequest) -> Plan:
@@ -151,7 +156,7 @@ class Planner:
         )
         return Plan(
             model=model, prompts=prompts, params=params, logprobs=logprobs, echo=texts, echo_skip=skip,
-            scoring=scoring, **self._streaming(request),
+            scoring=scoring, asked="prompt", **self._streaming(request),
         )  # fmt: skip
 
     def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -166,9 +171,23 @@ class Planner:
             generate = request.add_generation_prompt is not False
             return self._format_ids(request.messages, tools, generate, None, False).ids
         assert request.prompt is not None
+        if len(request.prompt) > self.settings.max_text:
+            raise refuse("prompt", self._too_much("prompt", len(request.prompt), "characters"))
         ids = self._encode("prompt", request.prompt, special=True, limited=False)
         bos = self.tokenizer.bos_id
         return [bos, *ids] if request.add_special_tokens is not False and bos is not None else ids
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """
+        Raises:
+            ApiError: they are too many.
+        """
+        if len(tokens) > self.settings.max_text:
+            raise refuse("tokens", self._too_much("tokens", len(tokens), "tokens"))
+        return self.tokenizer.decode(tokens)
+
+    def _too_much(self, field: str, size: int, unit: str) -> str:
+        return f"{field} has {size:,} {unit}, {self.settings.max_text:,} may be sent at once: send it in parts"
 
     def check_model(self, name: str) -> str:
         """
@@ -329,7 +348,9 @@ class Planner:
         ignore_eos = more.pop("ignore_eos", False) or bool(request.ignore_eos)
         try:
             params = SamplingParams(
-                max_tokens=self._room(prompts, wanted),
+                max_tokens=self._room(
+                    prompts, wanted, "prompt" if isinstance(request, CompletionRequest) else "messages"
+                ),
                 min_tokens=request.min_tokens or 0,
                 temperature=temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
@@ -363,18 +384,16 @@ class Planner:
                 "request: ask for fewer alternatives, tokens or answers",
             )
 
-    def _room(self, prompts: list[list[int]], wanted: int | None) -> int:
+    def _room(self, prompts: list[list[int]], wanted: int | None, field: str) -> int:
         """max_tokens: what was asked for, within what is left."""
         longest = max(map(len, prompts))
         left = self.limit - longest
         if left < (0 if wanted == 0 else 1):
             raise refuse(
-                "messages",
+                field,
                 f"the prompt has {longest:,} tokens and this server reads {self.limit:,} with the answer: shorten it",
                 code="context_length_exceeded",
             )
-        if wanted is not None and wanted < 0:
-            raise refuse("max_tokens", f"max_tokens is {wanted}: give 1 or more")
         return min(left, self.settings.default_max_tokens if wanted is None else wanted)
 
     def _biases(self, biases: dict[str, float]) -> dict[int, float]:
@@ -397,10 +416,19 @@ class Planner:
             raise refuse(name, f"{name} is {value}: give a value from {low:g} to {high:g}")
         return value
 
-    def _count(self, name: str, value: int | None, low: int, high: int) -> int | None:
-        if value is not None and not low <= value <= high:
-            raise refuse(name, f"{name} is {value}: give a value from {low} to {high}")
+    def _count(self, name: str, value: int | None, low: int, high: int | None) -> int | None:
+        if value is not None and not low <= value <= (value if high is None else high):
+            cure = f"{low} or more" if high is None else f"a value from {low} to {high}"
+            raise refuse(name, f"{name} is {value}: give {cure}")
         return value
+
+
+def _bound(request: ChatRequest, functions: list[Any], choice: str) -> str:
+    """Which fields a reply's grammar is made of."""
+    form = request.response_format is not None and request.response_format.type != "text"
+    if choice == "required" or (functions and not form):
+        return "tools"
+    return "response_format and tools" if functions and form else "response_format"
 
 
 def _stops(stop: str | list[str | None] | None) -> tuple[str, ...]:

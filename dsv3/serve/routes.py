@@ -45,7 +45,10 @@ _PAGE_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 _LARGE = 32 * 1024  # bytes of a body that is parsed beside the event loop
+_HEAVY = 256 * 1024  # bytes of a body whose tokens are made beside the event loop, few such bodies at once
 Model = TypeVar("Model", bound=BaseModel)
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -108,8 +111,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 def _chat(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def chat(request: Request) -> Response:
         planner, body = service.planner, await _read(request, ChatRequest)
-        plan = await asyncio.to_thread(planner.chat, body)
-        await service.check_grammar(plan.params.grammar)
+        plan = await _aside(service, request, planner.chat, body)
+        await service.check_grammar(plan.params.grammar, plan.bound)
         return EngineReply(service, plan, request.state.owner, ChatBody)
 
     return chat
@@ -118,8 +121,8 @@ def _chat(service: Service) -> Callable[[Request], Awaitable[Response]]:
 def _completions(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def completions(request: Request) -> Response:
         planner, body = service.planner, await _read(request, CompletionRequest)
-        plan = await asyncio.to_thread(planner.completion, body)
-        await service.check_grammar(plan.params.grammar)
+        plan = await _aside(service, request, planner.completion, body)
+        await service.check_grammar(plan.params.grammar, plan.bound)
         return EngineReply(service, plan, request.state.owner, CompletionBody)
 
     return completions
@@ -128,7 +131,7 @@ def _completions(service: Service) -> Callable[[Request], Awaitable[Response]]:
 def _tokenize(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def tokenize(request: Request) -> Response:
         planner, body = service.planner, await _read(request, TokenizeRequest)
-        tokens = await asyncio.to_thread(planner.tokenize, body)
+        tokens = await _aside(service, request, planner.tokenize, body)
         return json_response({"count": len(tokens), "max_model_len": planner.limit, "tokens": tokens})
 
     return tokenize
@@ -136,8 +139,8 @@ def _tokenize(service: Service) -> Callable[[Request], Awaitable[Response]]:
 
 def _detokenize(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def detokenize(request: Request) -> Response:
-        tokenizer, body = service.tokenizer, await _read(request, DetokenizeRequest)
-        return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+        planner, body = service.planner, await _read(request, DetokenizeRequest)
+        return json_response({"prompt": await _aside(service, request, planner.detokenize, body.tokens)})
 
     return detokenize
 
@@ -231,6 +234,14 @@ async def _read(request: Request, model: type[Model]) -> Model:
         raise ApiError(422, f"the content type is {kind!r:.100}: send application/json", param="content-type")
     body = await request.body()
     return await asyncio.to_thread(_parse, body, model) if len(body) > _LARGE else _parse(body, model)
+
+
+async def _aside(service: Service, request: Request, work: Callable[[Asked], Made], asked: Asked) -> Made:
+    """In a thread. A large body waits for its turn, so that small ones always find a thread."""
+    if len(await request.body()) <= _HEAVY:
+        return await asyncio.to_thread(work, asked)
+    async with service.heavy:
+        return await asyncio.to_thread(work, asked)
 
 
 def _parse(body: bytes, model: type[Model]) -> Model:

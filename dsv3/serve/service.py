@@ -30,7 +30,7 @@ class Service:
     """Engine, tokenizer and worker, once they are there, and who may use them.
 
     Attributes:
-        state: what `admit` goes by.
+        state: what `admit` goes by. heavy: taken while the tokens of a large body are made.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -44,6 +44,7 @@ class Service:
         self._worker: Worker | None = None
         self._planner: Planner | None = None
         self._tokenizer: Tokenizer | None = None
+        self.heavy = asyncio.Semaphore(2)  # large bodies whose tokens are made
         self._compiling = asyncio.Semaphore(2)  # grammars at once
         self._compilers = ThreadPoolExecutor(2, "dsv3-grammar")
 
@@ -107,8 +108,8 @@ class Service:
         return ApiError(503, f"{said.get(self.state, self.state)}: try again later", retry_after=5)
 
     @contextmanager
-    def admit(self, owner: Owner, answers: int, prompt_tokens: int) -> Iterator[None]:
-        """A request runs inside.
+    def admit(self, owner: Owner, answers: int, prompt_tokens: int, field: str = "messages") -> Iterator[None]:
+        """A request runs inside. field: where its prompt stood.
 
         Raises:
             ApiError: 503, not ready; 429, no room or the key's limits.
@@ -118,7 +119,7 @@ class Service:
         if not self.worker.has_room(answers):
             message = f"{self.worker.open} answers run or wait, {self.worker.max_open} may: try again later"
             raise ApiError(429, message, retry_after=self.worker.wait_estimate)
-        with self.keys.use(owner, prompt_tokens):
+        with self.keys.use(owner, prompt_tokens, field):
             self.metrics.tokens(owner.name, prompt_tokens)
             yield
 
@@ -126,8 +127,8 @@ class Service:
         self.keys.spend(owner, tokens)
         self.metrics.tokens(owner.name, tokens)
 
-    async def check_grammar(self, grammar: str | None) -> None:
-        """Compile it aside from the engine, so that a costly one is refused before it holds anybody up.
+    async def check_grammar(self, grammar: str | None, field: str = "response_format") -> None:
+        """Compile it aside from the engine, so that a costly one is refused before it holds anybody up. field: where it stood.
 
         Raises:
             ApiError: 400, it is none, is beyond the limits, or takes too long; 503, too many are being compiled.
@@ -148,7 +149,7 @@ class Service:
         except TimeoutError:
             refused = f"the grammar took over {seconds:g} s to compile: make it smaller"
         if refused:
-            raise ApiError(400, refused, param="response_format")
+            raise ApiError(400, f"{field}: {refused}", param=field.split()[0])
 
     def _compile(self, grammar: str) -> str:
         """Why the engine would refuse it; empty if it would not."""

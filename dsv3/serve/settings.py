@@ -47,6 +47,7 @@ class ServeSettings:
         default_max_tokens: of answers that name no bound.
         max_choices: answers of one request (prompts times n). max_waiting: answers that may wait for a place.
         max_scores: log-probabilities that one request may be told, alternatives included: they take memory.
+        max_text: characters that /tokenize takes, tokens that /detokenize takes.
         max_body_bytes, body_timeout_s: of a request's body. max_head_bytes, head_timeout_s: of its line and headers.
         keep_alive_s: silence after which a comment (stream) or a blank line (JSON) is sent. 0: never.
         request_timeout_s: longest life of a request. send_timeout_s: longest wait for a client to read.
@@ -67,6 +68,7 @@ class ServeSettings:
     max_choices: int = 128
     max_waiting: int = 256
     max_scores: int = 2**20
+    max_text: int = 2**20
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
     max_head_bytes: int = 64 * 2**10
@@ -86,6 +88,7 @@ class ServeSettings:
             "max_choices": 1,
             "max_waiting": 1,
             "max_scores": 1,
+            "max_text": 1,
             "max_body_bytes": 1024,
             "max_head_bytes": 1024,
             "max_backlog": 1,

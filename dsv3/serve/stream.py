@@ -56,7 +56,7 @@ class EngineReply(Response):
         service, plan = self._service, self._plan
         wire = _Wire(send, service.settings.send_timeout_s)
         try:
-            with service.admit(self._owner, plan.answers, sum(map(len, plan.prompts))):
+            with service.admit(self._owner, plan.answers, sum(map(len, plan.prompts)), plan.asked):
                 ticket = await self._submit()
                 body = self._make(plan, service.tokenizer, ticket.requests, service.fingerprint)
                 try:
@@ -72,7 +72,7 @@ class EngineReply(Response):
             return await self._service.worker.submit(self._plan.prompts, self._plan.params, self._owner.salt)
         except ValueError as error:
             said = str(error)
-            field = "response_format" if "grammar" in said else "messages"
+            field = self._plan.bound.split()[0] if "grammar" in said else self._plan.asked
             raise refuse(field, said) from None
         except EngineFault as error:
             raise self._failed(error) from None

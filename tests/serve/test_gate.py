@@ -95,7 +95,25 @@ def test_without_keys_only_names_of_this_machine_are_answered(url, guarded):
     assert httpx.get(f"{guarded}/health", headers={"host": "api.example.org"}).status_code == 200
 
 
+def test_without_keys_no_web_page_elsewhere_can_ask_even_without_reading_the_answer(url, guarded):
+    # A script may send a body without a content type to any address: no preflight, and the server would work for it.
+    for origin in ("https://evil.example.org", "http://127.0.0.1.evil.example.org", "null"):
+        refused = post(url, "/v1/completions", TEXT, headers={"origin": origin})
+        assert refused.status_code == 403
+        assert "origins" in refused.json()["error"]["message"]
+    for origin in (url, "http://localhost:3000", "http://[::1]:8000"):
+        assert post(url, "/v1/completions", TEXT, headers={"origin": origin}).status_code == 200
+    named = ServeSettings(model="tiny", origins=("https://chat.example.org",))
+    with running(small_app(named)) as open_to_one:
+        headers = {"origin": "https://chat.example.org"}
+        assert post(open_to_one, "/v1/completions", TEXT, headers=headers).status_code == 200
+    with_key = {**bearer("ann"), "origin": "https://evil.example.org"}
+    assert post(guarded, "/v1/completions", TEXT, headers=with_key).status_code == 200
+
+
 def test_a_key_has_limits_of_its_own(guarded):
+    too_long = post(guarded, "/v1/completions", {**TEXT, "prompt": [5] * 500}, headers=bearer("bob"))
+    assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "prompt")
     asked = {**TEXT, "prompt": [5] * 300, "max_tokens": 1}
     assert post(guarded, "/v1/completions", asked, headers=bearer("bob")).status_code == 200
     answer = post(guarded, "/v1/completions", asked, headers=bearer("bob"))

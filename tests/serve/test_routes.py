@@ -281,3 +281,26 @@ def test_the_openapi_document_names_every_field(url):
     fields = document["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "thinking", "details"} <= set(fields)
     assert "/v1/chat/completions" in json.dumps(document)
+
+
+NO_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type": "none such"}}}
+FREE = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "none such"}}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("completions", {**TEXT, "prompt": [5] * 3000}, "prompt"),
+        ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "hello " * 3000}]}, "messages"),
+        ("chat/completions", {**CHAT, "tools": [NO_SCHEMA], "tool_choice": "required"}, "tools"),
+        ("chat/completions", {**CHAT, "tools": [TOOL], **FREE}, "response_format"),
+        ("chat/completions", {**CHAT, "max_tokens": None, "max_completion_tokens": -1}, "max_completion_tokens"),
+        ("chat/completions", {**CHAT, "max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ("tokenize", {"prompt": "a" * (2**20 + 1)}, "prompt"),
+        ("detokenize", {"tokens": [5] * (2**20 + 1)}, "tokens"),
+    ],
+)
+def test_the_field_that_is_named_is_the_one_that_was_sent(url, path, body, field):
+    refused = post(url, f"/v1/{path}", body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+    assert field in refused.json()["error"]["message"] or "prompt" in refused.json()["error"]["message"]
