@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ def _keys(path: Path | None) -> tuple[ApiKey, ...]:
     if path.stat().st_mode & 0o077:
         raise ValueError(f"{path} can be read by others: chmod 600 {path}")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = line.split("#")[0].split()
+        words = re.split(r"(?:^|\s)#", line)[0].split()  # a comment; a # within a secret is part of it
         if not words:
             continue
         if not 2 <= len(words) <= 4 or not all(word == "-" or word.isdigit() for word in words[2:]):

@@ -4,8 +4,9 @@
 
 A key is a hash of the tokens, of all before them and of the owner's salt, so owners never find each other's pages. The
 identity is the caller's: it names whatever decides what a page holds (weights, config, dtype). Files appear whole; one whose
-checksum is wrong is deleted and its page computed anew. Beyond the given size the longest unused go. A write that fails is counted,
-and the engine goes on without it. Writing happens on a thread of its own, from a copy; reading is awaited: the step needs the page.
+checksum is wrong is deleted and its page computed anew. Beyond the given size the longest unused go. A write that fails, or a file
+that cannot be removed, is counted, and the engine goes on without it. Writing happens on a thread of its own, from a copy;
+reading is awaited: the step needs the page.
 Source: DeepSeek's context caching on disk (units of 64 tokens).
 Does not: share a folder between running servers; each needs its own.
 """
@@ -138,7 +139,7 @@ class DiskTier:
             try:
                 self._write(*item)
                 self.written += 1
-            except OSError:
+            except Exception:  # whatever it is: without this thread nothing would be kept any more
                 self.failed += 1
             finally:
                 self._queue.task_done()
@@ -160,13 +161,21 @@ class DiskTier:
         self._shrink()
 
     def _shrink(self) -> None:
-        while self._bytes > self.limit:
-            self._forget(next(iter(self._sizes)))
+        while (oldest := self._oldest()) is not None:
+            self._forget(oldest)
+
+    def _oldest(self) -> Path | None:
+        """The longest unused, if there are too many."""
+        with self._lock:
+            return next(iter(self._sizes), None) if self._bytes > self.limit else None
 
     def _forget(self, path: Path) -> None:
         with self._lock:
             self._bytes -= self._sizes.pop(path, 0)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            self.failed += 1
 
 
 def _checksum(path: Path, content: bytes) -> bytes:

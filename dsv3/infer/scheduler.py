@@ -199,15 +199,15 @@ class Scheduler:
             page = self.book.find(key)
             assert page is not None
             pages.append(page)
+        sequence.pages = pages  # from here on whoever removes it gives them back
         for key in keys[found:] if self.fetch else ():
-            page = self.book.take()
+            pages.append(self.book.take())
             assert self.fetch is not None
-            if not self.fetch(key, page):
-                self.book.release([page])
+            if not self.fetch(key, pages[-1]):
+                self.book.release([pages.pop()])
                 break
-            self.book.publish(page, key)
-            pages.append(page)
-        sequence.pages, sequence.keys = pages, keys[: len(pages)]
+            self.book.publish(pages[-1], key)
+        sequence.keys = keys[: len(pages)]
         sequence.computed, sequence.joined = len(pages) * PAGE, pages[-1] if pages else None
         if sequence.cached is None:
             sequence.cached = sequence.computed

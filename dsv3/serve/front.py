@@ -23,7 +23,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dsv3.serve.errors import ApiError
+from dsv3.serve.errors import ApiError, json_response
+from dsv3.serve.gate import LimitedBody
 from dsv3.serve.settings import ServeSettings
 
 BLOCK, SLACK = 256, 4
@@ -96,12 +97,10 @@ def chain(call: Call) -> list[bytes]:
     """Hashes of the request's text, a block more each; of one owner."""
     try:
         body = json.loads(call.body)
-    except ValueError:
+        asked = body.get("messages") or body.get("prompt") if isinstance(body, dict) else ""
+        text = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True)
+    except (ValueError, RecursionError):  # the replica says what is wrong with it
         return []
-    if not isinstance(body, dict):
-        return []
-    asked = body.get("messages") or body.get("prompt")
-    text = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True)
     key, out = hashlib.blake2b(call.header(b"authorization"), digest_size=16).digest(), []
     for start in range(0, len(text), BLOCK):
         key = hashlib.blake2b(key + text[start : start + BLOCK].encode("utf-8", "replace"), digest_size=16).digest()
@@ -149,10 +148,14 @@ class Front:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        body = await self._body(receive)
-        if body is None:
-            message = f"the body is larger than {self.settings.max_body_bytes:,} bytes: send less"
-            return await _refuse(send, ApiError(413, message, code="request_too_large"))
+        if scope["path"] == "/health":  # of this process, whatever the replicas do
+            return await json_response({"status": "ok"})({"type": "http"}, _never, send)
+        try:
+            body = await self._body(receive)
+        except ApiError as error:
+            return await _refuse(send, error)
+        except ConnectionResetError:
+            return
         if self.state != "ready":
             said = "the model is loading" if self.state == "loading" else "the server is ending"
             return await _refuse(send, ApiError(503, f"{said}: try again", retry_after=2))
@@ -173,17 +176,18 @@ class Front:
         if passing.done() and not passing.cancelled() and (error := passing.exception()):
             raise error
 
-    async def _body(self, receive: Any) -> bytes | None:
-        """None: it is too long."""
-        parts, size = [], 0
+    async def _body(self, receive: Any) -> bytes:
+        """
+        Raises:
+            ApiError: 413, it is too long; 408, it took too long.
+        """
+        read = LimitedBody(receive, self.settings.max_body_bytes, self.settings.body_timeout_s)
+        parts = []
         while True:
-            message = await asyncio.wait_for(receive(), self.settings.body_timeout_s)
+            message = await read()
             if message["type"] == "http.disconnect":
                 raise ConnectionResetError("the client left while it sent")
             parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.settings.max_body_bytes:
-                return None
             if not message.get("more_body"):
                 return b"".join(parts)
 

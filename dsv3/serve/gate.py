@@ -66,7 +66,9 @@ class Gate:
                 if label != "other" and scope["method"] != "OPTIONS":
                     owner = self._service.keys.owner(headers.get(b"authorization"))
                     scope.setdefault("state", {})["owner"] = owner
-                body = _Body(receive, self._service.settings.max_body_bytes, self._service.settings.body_timeout_s)
+                body = LimitedBody(
+                    receive, self._service.settings.max_body_bytes, self._service.settings.body_timeout_s
+                )
                 body.check_length(headers.get(b"content-length"))
                 await self._app(scope, body, watch)
             except ApiError as error:
@@ -124,7 +126,7 @@ class _Watch:
         await self._send(message)
 
 
-class _Body:
+class LimitedBody:
     """`receive` with limits; they hold until the body is whole."""
 
     def __init__(self, receive: Receive, limit: int, timeout: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from dsv3.infer.disk import DiskTier
 from dsv3.infer.engine import Engine
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -93,10 +94,21 @@ class _EngineCollector:
         counts = engine.runner.counts.tolist()
         pairs = (((layer, expert), count) for layer, row in enumerate(counts) for expert, count in enumerate(row))
         yield _labelled("dsv3_expert_tokens", "Tokens by MoE layer and expert.", ["layer", "expert"], pairs)
+        yield from _of_disk(engine.tier)
         load = GaugeMetricFamily("dsv3_expert_load_max", "The busiest expert's tokens over the mean.", labels=["layer"])
         for layer, row in enumerate(counts):
             load.add_metric([str(layer)], max(row) * len(row) / (sum(row) or 1))
         yield load
+
+
+def _of_disk(tier: Any) -> Iterable[Metric]:
+    """Of the second cache, if there is one."""
+    if isinstance(tier, DiskTier):
+        counts = {"hit": tier.hits, "miss": tier.misses, "written": tier.written, "failed": tier.failed}
+        yield _labelled(
+            "dsv3_disk_pages", "Pages of the disk cache by what became of them.", ["outcome"], counts.items()
+        )
+        yield GaugeMetricFamily("dsv3_disk_bytes", "Bytes that the disk cache holds.", tier.size)
 
 
 def _labelled(name: str, text: str, labels: list[str], values: Iterable[tuple[Any, float]]) -> Metric:

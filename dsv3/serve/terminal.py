@@ -21,6 +21,7 @@ from typing import Any
 from dsv3.data.chat import ChatFormat
 from dsv3.data.reply import CallArguments, CallBegin, Content, Event, Reasoning, Reply, ReplyParser
 from dsv3.infer.engine import Engine, Request
+from dsv3.infer.pages import PAGE
 from dsv3.infer.sampling import SamplingParams
 
 HELP = "\n".join(__doc__.split("\n\n")[1].splitlines())
@@ -62,7 +63,12 @@ class Conversation:
     def ask(self, text: str) -> Iterator[Event]:
         """Say something; the answer as it comes. Closed half way, the half answer stays in the history, as one would expect."""
         self.messages.append({"role": "user", "content": text})
-        yield from self._answer()
+        try:
+            request, thinking = self._submit()
+        except ValueError:
+            self.messages.pop()
+            raise
+        yield from self._answer(request, thinking)
 
     def retry(self) -> Iterator[Event]:
         """Answer the last question anew.
@@ -76,21 +82,26 @@ class Conversation:
         self.undo()
         yield from self.ask(asked)
 
-    def _answer(self) -> Iterator[Event]:
+    def _submit(self) -> tuple[Request, bool]:
+        """Hand the conversation to the engine; also whether the answer begins with reasoning."""
         rendered = self.form.render(self.messages)
-        config = self.engine.model.config
-        room = config.max_position_embeddings - len(rendered.ids)
+        slots = self.engine.scheduler.book.total * PAGE - 2 * self.engine.drafts
+        limit = min(self.engine.model.config.max_position_embeddings, slots)
+        room = limit - len(rendered.ids)
         if room < 1:
-            self.messages.pop()
-            raise ValueError(
-                f"the conversation has {len(rendered.ids)} tokens, the model reads {config.max_position_embeddings}: /reset it"
+            said = (
+                f"the conversation has {len(rendered.ids)} tokens, there is room for {limit} with the answer: /reset it"
             )
+            raise ValueError(said)
         params = dataclasses.replace(
             self.params, max_tokens=min(self.params.max_tokens, room), seed=self.params.seed + self._turns
         )
+        request = self.engine.add(rendered.ids, params)
         self._turns += 1
-        parser = ReplyParser(tools=False, reasoning=rendered.thinking, thinking=rendered.thinking)
-        reply, request = Reply(), self.engine.add(rendered.ids, params)
+        return request, rendered.thinking
+
+    def _answer(self, request: Request, thinking: bool) -> Iterator[Event]:
+        parser, reply = ReplyParser(tools=False, reasoning=thinking, thinking=thinking), Reply()
         counts = [0, 0, 0]
         try:
             for delta in self._deltas(request):

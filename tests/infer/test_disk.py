@@ -101,6 +101,34 @@ def test_a_full_disk_costs_pages_and_nothing_else(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_page_that_can_neither_be_read_nor_removed_costs_itself_alone(tmp_path):
+    params, said = SamplingParams(max_tokens=4, ignore_eos=True), []
+    for spoil in (False, True):
+        tier = DiskTier(tmp_path, "model", 1.0)
+        for path in list(tmp_path.rglob("*.page")) if spoil else ():
+            path.unlink()
+            path.mkdir()  # as unreadable, and as hard to unlink, as a page of a file system that went bad
+        e = engine(tier=tier)
+        request = e.add(LONG, params)
+        said.append([t for d in drain(e, [request])[request.id, 0] for t in d.token_ids])
+        assert request.cached == 0
+        assert e.scheduler.book.held == 0
+        tier.close()
+    assert said[0] == said[1]
+
+
+def test_the_writer_outlives_whatever_goes_wrong(tmp_path, monkeypatch):
+    s, tier = store(), DiskTier(tmp_path, "a", 1.0)
+    monkeypatch.setattr(tier, "_write", lambda *_: 1 / 0)
+    tier.keep(key(1), s, 1)
+    tier.flush()
+    monkeypatch.undo()
+    tier.keep(key(2), s, 2)
+    tier.flush()
+    assert (tier.failed, tier.written) == (1, 1)
+    assert tier.fetch(key(2), s, 3)
+
+
 def test_a_restarted_engine_reads_the_prefix_from_disk_and_says_the_same(tmp_path):
     params, said = SamplingParams(max_tokens=12, ignore_eos=True), []
     for owner, cached in ((b"a", 0), (b"a", 128), (b"b", 0)):

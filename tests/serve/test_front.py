@@ -165,7 +165,37 @@ def test_limits_and_states_are_answered_here():
     assert post(app, b"x" * 5000).status_code == 413
     asyncio.run(app.drain())
     assert post(app).status_code == 503
-    assert post(Front(ServeSettings())).status_code == 503
+    loading = Front(ServeSettings())
+    assert post(loading).status_code == 503
+    assert [post(loading, path=path).status_code for path in ("/health", "/ready")] == [200, 503]
+
+
+def test_a_body_that_no_parser_reads_is_the_replicas_to_refuse():
+    for body in (b"[" * 3000, b'{"prompt": ' + b"[" * 1500 + b"]" * 1500 + b"}", b"\xff", b"{"):
+        answer = post(front(Scripted(Start(400, JSON), b"{}")), body)
+        assert answer.status_code == 400
+
+
+def test_a_body_that_dawdles_is_cut_off_and_nothing_is_asked_of_a_replica():
+    async def go():
+        app = Front(ServeSettings(body_timeout_s=0.2))
+        idle = Scripted(Start(200, JSON), b"{}")
+        app.ready([idle])
+        sent = []
+
+        async def receive():  # a byte now and then: no wait of its own is long
+            await asyncio.sleep(0.05)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await asyncio.wait_for(app(scope, receive, send), 5)
+        assert sent[0]["status"] == 408
+        assert idle.calls == 0
+
+    asyncio.run(go())
 
 
 def test_metrics_of_all_replicas_with_a_label():

@@ -1,5 +1,6 @@
 """/metrics: what the engine counts and what the worker observes, each app on its own."""
 
+from dsv3.infer.disk import DiskTier
 from dsv3.infer.sampling import SamplingParams
 from dsv3.serve.metrics import Metrics
 from tests.serve.small import small_engine
@@ -45,3 +46,14 @@ def test_times_and_requests_are_observed():
     assert told['dsv3_key_tokens_total{key="ann"}'] == 5
     assert "dsv3_waiting" not in told  # no engine yet
     assert lines(Metrics(lambda: None)) != told
+
+
+def test_the_disk_cache_is_counted(tmp_path):
+    tier = DiskTier(tmp_path, "model", 0.1)
+    engine, _ = small_engine(tier=tier)
+    list(engine.complete([range(5, 105)], SamplingParams(max_tokens=4, ignore_eos=True)))
+    tier.close()
+    told = lines(Metrics(lambda: engine))
+    assert told['dsv3_disk_pages_total{outcome="written"}'] == 1
+    assert told['dsv3_disk_pages_total{outcome="miss"}'] == 1
+    assert told["dsv3_disk_bytes"] == tier.size > 0

@@ -83,7 +83,8 @@ def test_commands(conversation, tmp_path):
         ("/set top_p 7", "top_p is 7"),
         ("/save", "name of a file"),
         ("/retry", "nothing was asked"),
-        ("word " * 400, "the model reads 256"),
+        ("word " * 400, "there is room for 256"),
+        ("half a character \ud800", "surrogate"),
     ],
 )
 def test_a_mistake_is_told_and_the_conversation_goes_on(conversation, line, said):
@@ -91,6 +92,18 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(conversation, line, said
     out = type_in(conversation, line, "hello")
     assert said in out["error"]
     assert len(conversation.messages) == len(before) + 2
+
+
+def test_a_small_cache_bounds_answers_as_the_context_does(tokenizer):
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, eos_token_id=1)
+    engine = Engine(random_model(config), tokenizer, cache_gb=0.0001)
+    room = engine.scheduler.book.total * 64 - 2 * engine.drafts
+    assert room < 200
+    chat = Conversation(engine, ChatFormat.of(tokenizer), SamplingParams(max_tokens=200, ignore_eos=True))
+    out = type_in(chat, "hello", "word " * 200)
+    assert chat.told[0] > 100
+    assert f"there is room for {room}" in out["error"]
+    assert len(chat.messages) == 2
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(conversation):
