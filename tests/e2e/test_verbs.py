@@ -1,7 +1,13 @@
 """The verbs after pre-training as a user types them, one after the other: sft, distill, rl, eval."""
 
+import contextlib
 import dataclasses
 import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,6 +20,7 @@ from dsv3.model.weights import load_model, save_model
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.metrics import read_metrics
 from tests.model.tiny import TINY, random_model
+from tests.serve.browser import chromium, opened, say
 
 SUMS = [(a, b) for a in range(3) for b in range(2)]
 
@@ -55,6 +62,32 @@ def test_sft_learns_and_says_what_is_next(tuned, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "LoRA:" in told
     assert "try it with `dsv3 chat" in told
+
+
+def test_the_chat_page_answers_what_was_taught(tuned):
+    """`dsv3 serve` on the run, as a person has it: the page in a real Chromium."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dsv3.cli", "serve", str(tuned / "sft"), "--port", str(port), "--cache-gb", "0.05"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, server.stderr.read()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready") as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.1)
+        with chromium() as browser, opened(browser, url) as page:
+            page.locator("#open-settings").click()
+            page.get_by_label("Temperature", exact=True).fill("0")
+            page.get_by_role("button", name="Done").click()
+            say(page, "What is 2 + 1?")
+            assert page.locator(".turn.assistant > .body > .prose").text_content().strip() == "3"
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def test_distill_keeps_right_answers_and_asks_nothing_twice(tuned, capsys):
