@@ -26,6 +26,9 @@ class ParallelConfig:
     """Of masters and moments over the data ranks. zero1 gathers the weights once a step, fsdp once a layer and pass."""
     schedule: Literal["1f1b", "zero-bubble", "dualpipev"] = "1f1b"
     """Of the pipeline. The other two hold two stages a rank."""
+    dispatch: Literal["precision", "fp8"] = "precision"
+    """How tokens travel to experts on other ranks: as they are multiplied there, or as FP8 codes in any precision, which is
+    half the bytes of bfloat16 and rounds them. With precision fp8 they are codes in any case."""
 
     def check(self, model: ModelConfig, world: int) -> None:
         """Refuse degrees that do not fit.
@@ -33,12 +36,14 @@ class ParallelConfig:
         Raises:
             ValueError: with the sizes that would.
         """
-        for name, value in (("sharding", self.sharding), ("schedule", self.schedule)):
+        for name, value in (("sharding", self.sharding), ("schedule", self.schedule), ("dispatch", self.dispatch)):
             known = get_args(get_type_hints(ParallelConfig)[name])
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         if self.pipeline < 1 or self.expert < 1:
             raise ValueError(f"pipeline {self.pipeline} and expert {self.expert} must be at least 1")
+        if self.dispatch == "fp8" and self.expert == 1:
+            raise ValueError("dispatch 'fp8' with expert 1: no token travels; give expert ranks, or leave dispatch out")
         if self.pipeline > 1 and self.schedule != "1f1b" and self.sharding == "fsdp":
             raise ValueError(
                 f"schedule {self.schedule!r} takes the backward pass in two halves, and sharding 'fsdp' lets the weights go "

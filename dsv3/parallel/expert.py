@@ -7,7 +7,8 @@
 Counts travel first, on their own: an all-to-all needs its sizes on the host, the one wait for a GPU in here. Shared experts are
 multiplied while the dispatch is under way. In FP8 a row travels as e4m3 codes with power-of-two scales, forward to the experts
 and backward from the combine, as the report has it (3.3.3); what arrives is what the experts' own cast would have made of it,
-so no number changes. Combines travel in bfloat16.
+so no number changes. In other precisions it does so by option: half the bytes of bfloat16, and rows rounded to 3 bits behind
+the leading one. Combines travel as they are.
 
 A token reaches at most topk_group groups of experts (model.Router), and `ParallelConfig.check` keeps groups whole on ranks, so
 it reaches few nodes. It travels once an expert, not once a node: the two hops of the report's kernels are not built here.
@@ -30,10 +31,13 @@ from dsv3.model.fp8 import Fp8Experts
 from dsv3.model.transformer import Context, DeepseekV3, Experts, MoE, Routed
 
 
-def spread_experts(model: DeepseekV3, group: dist.ProcessGroup) -> None:
+def spread_experts(model: DeepseekV3, group: dist.ProcessGroup, *, fp8: bool = False) -> None:
     """Keep this rank's experts of every MoE layer, in place, and make the layers send their tokens around.
 
     Parameters keep their names; rows rank·E/ranks to (rank + 1)·E/ranks - 1 of each stay.
+
+    Args:
+        fp8: rows travel as e4m3 codes also to experts that are not in FP8.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for module in model.modules():
@@ -41,7 +45,7 @@ def spread_experts(model: DeepseekV3, group: dist.ProcessGroup) -> None:
             keep_rows(module.experts, rank, ranks)
             module.__class__ = ParallelMoE
             assert isinstance(module, ParallelMoE)
-            module.group = group
+            module.group, module.fp8 = group, fp8 or isinstance(module.experts, Fp8Experts)
 
 
 def keep_rows(experts: nn.Module, rank: int, ranks: int) -> None:
@@ -57,6 +61,8 @@ class ParallelMoE(MoE):
     """MoE whose experts are this rank's share; see the file's head."""
 
     group: dist.ProcessGroup
+    fp8: bool
+    """Whether rows travel as codes."""
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed]:
         flat = x.flatten(0, -2)  # (N, D)
@@ -66,7 +72,6 @@ class ParallelMoE(MoE):
         arriving = _swap_counts(counts, self.group)  # (ranks, E / ranks)
         sent, received = _host(counts.view(ranks, -1).sum(1), arriving.sum(1))
         rows, shares = permute(flat, order, inverse), permute(weights.reshape(-1, 1), order, inverse)
-        fp8 = isinstance(self.experts, Fp8Experts)
         beside: list[Tensor] = []  # the shared experts' result
 
         def meanwhile() -> None:
@@ -75,10 +80,10 @@ class ParallelMoE(MoE):
                     beside.append(self.shared_experts(flat)[0])
 
         grad = torch.is_grad_enabled()
-        tokens = Exchange.apply(rows, sent, received, self.group, fp8, False, meanwhile)
+        tokens = Exchange.apply(rows, sent, received, self.group, self.fp8, False, meanwhile)
         shares = Exchange.apply(shares, sent, received, self.group, False, False, _nothing)
         y = self._compute(tokens, shares, arriving)
-        y = Exchange.apply(y, received, sent, self.group, False, fp8, _nothing)
+        y = Exchange.apply(y, received, sent, self.group, False, self.fp8, _nothing)
         y = unpermute(y, order, inverse, indices.shape[-1])
         balance = scores.new_zeros(())
         if context.balance:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from dsv3.kernels.quant import cast_tiles, dequantize_tiles
+from dsv3.model.transformer import Experts
 from dsv3.parallel.degrees import ParallelConfig
 from dsv3.parallel.fsdp import local, sharded
 from dsv3.parallel.mesh import Mesh
@@ -114,6 +116,39 @@ def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
         torch.testing.assert_close(losses, one, rtol=5e-2, atol=1e-3)
 
 
+class Rounded(torch.autograd.Function):
+    """Rows to e4m3 and back, on the way there or in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, there):
+        ctx.there = there
+        return rounded(x) if there else x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad if ctx.there else rounded(grad)), None
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return dequantize_tiles(*cast_tiles(x, pow2=True), x.dtype)
+
+
+def test_tokens_travel_as_codes_in_any_precision_if_told(alone, tmp_path, monkeypatch):
+    """Equal to one process that rounds what would travel: the experts' input, and the gradient of their output."""
+    degrees = {"expert": 2, "dispatch": "fp8"}
+    results = run_ranks(take_steps, 2, tmp_path / "ranks", degrees, str(tmp_path / "run"), {})
+    plain = Experts.forward
+    monkeypatch.setattr(Experts, "forward", lambda s, x, *a: Rounded.apply(plain(s, Rounded.apply(x, True), *a), False))
+    one = take_steps(None, None, str(tmp_path / "one"), {})
+    assert (torch.tensor(one["loss"]) - torch.tensor(alone["loss"])).abs().max() > 1e-4
+    for result in results:
+        torch.testing.assert_close(torch.tensor(result["loss"])[0], torch.tensor(one["loss"])[0], rtol=2e-5, atol=1e-6)
+        for name, grad in result["gradients"].items():
+            scale = float(one["gradients"][name].abs().max())
+            # A sum in another order may round a code to its neighbour, 6% of one value.
+            torch.testing.assert_close(grad, one["gradients"][name], rtol=1e-2, atol=1e-3 * scale, msg=name)
+
+
 def take_steps_and_refuse(group: Any, degrees: dict[str, Any], folder: str, changes: dict[str, Any]) -> dict[str, Any]:
     with pytest.raises(ValueError, match="compile=True with expert 2 would compile every number of rows"):
         take_steps(group, degrees, folder, {"compile": True})
@@ -207,6 +242,7 @@ def test_the_rows_that_a_rank_reads_are_those_of_its_micro_batches(rows, ranks):
         ({"expert": 0}, 1, "at least 1"),
         ({"sharding": "zero3"}, 2, "sharding is 'zero3': choose one of zero1, fsdp"),
         ({"pipeline": 2, "schedule": "dualpipev", "sharding": "fsdp"}, 2, "take sharding 'zero1', or schedule '1f1b'"),
+        ({"dispatch": "fp8"}, 2, "no token travels"),
         ({"expert": 2}, 6, "do not divide over 3 replicas.*start 4 processes"),
     ],
 )
