@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv3.infer.grammar import Grammars, Matcher
+from dsv3.infer.grammar import Grammars, Matcher, Refused
 from dsv3.infer.grammar import Vocabulary as Grammatical
 from dsv3.infer.pages import PAGE, PageBook, PageStore
 from dsv3.infer.runner import Runner, Segment, open_runner
@@ -53,6 +53,7 @@ class Delta:
     Attributes:
         scores: of each token, where asked for. routes: for each token the experts it was computed from, a tuple a MoE layer.
         drafted, accepted: MTP drafts that this step looked at, and those that stand.
+        refused: the fault is the request's own (a grammar beyond its limits, a bias that leaves no token).
     """
 
     request: int
@@ -67,6 +68,7 @@ class Delta:
     routes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -376,8 +378,10 @@ class Engine:
             row[list(self.model.config.eos_token_ids)] = -torch.inf
         if sequence.work.matcher is not None:
             row = sequence.work.matcher.mask(row)
+        token = int(row.argmax())
+        if row[token] == -torch.inf:
+            raise Refused("no token may come next: logit_bias, min_tokens and the grammar leave none")
         if params.temperature == 0:
-            token = int(row.argmax())
             return token == draft, token
         p = distribution(row, params)
         key = (params.seed, sequence.choice, position)
@@ -457,7 +461,8 @@ class Engine:
                 self.store.clear(page)  # what is not finite must not wait there for the next owner
         self._end(sequence, "error")
         said = f"{type(error).__name__}: {error}"
-        return Delta(sequence.work.request.id, sequence.choice, [], "", [], "error", said)
+        at_fault = isinstance(error, Refused)
+        return Delta(sequence.work.request.id, sequence.choice, [], "", [], "error", said, refused=at_fault)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
@@ -483,7 +488,7 @@ def _segment(chunk: Chunk) -> Segment:
 def _sample(sequence: Sequence, deltas: list[Delta]) -> Sample:
     work = sequence.work
     if deltas[-1].error:
-        raise RuntimeError(deltas[-1].error)
+        raise (ValueError if deltas[-1].refused else RuntimeError)(deltas[-1].error)
     tokens = [token for delta in deltas for token in delta.token_ids]
     text, scores = "".join(delta.text for delta in deltas), [s for delta in deltas for s in delta.scores]
     reason = sequence.finish_reason or "abort"

@@ -34,6 +34,10 @@ _LIMITS = {
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x09]{0,24}"}
 
 
+class Refused(ValueError):
+    """What a request asks for cannot be followed any further: its own fault and not the engine's."""
+
+
 class Vocabulary(Protocol):
     """What grammars ask of a tokenizer (dsv3.data.tokenizer.Tokenizer has it)."""
 
@@ -107,7 +111,7 @@ class Grammars:
         matcher = Matcher(made, self._ends)
         try:
             possible = bool(matcher.allowed().any())
-        except RuntimeError as error:
+        except Refused as error:
             raise ValueError(f"the grammar cannot be used: {error}") from None
         if not possible:
             raise ValueError("the grammar cannot be used: no text of this vocabulary satisfies it")
@@ -125,7 +129,7 @@ class Matcher:
         """(V,) boolean: tokens that may come next.
 
         Raises:
-            RuntimeError: the grammar went beyond its limits.
+            Refused: the grammar went beyond its limits.
         """
         at = self._ahead or self._made
         bits = at.compute_bitmask()
@@ -165,7 +169,7 @@ class Matcher:
 
 def _check(made: Any) -> None:
     if made.is_error():
-        raise RuntimeError(f"the grammar could not be followed: {_first_line(made.get_error())}")
+        raise Refused(f"the grammar could not be followed: {_first_line(made.get_error())}")
 
 
 class _Tokens:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dsv3.infer.engine import Delta
 from dsv3.serve.errors import ApiError, dump, refuse
 from dsv3.serve.keys import Owner
 from dsv3.serve.plan import Plan
@@ -80,6 +81,15 @@ class EngineReply(Response):
     def _failed(self, error: Exception) -> ApiError:
         return self._service.not_ready() if self._service.state == "draining" else ApiError(500, str(error))
 
+    def _fault(self, delta: Delta) -> ApiError:
+        """Of one answer."""
+        error = str(delta.error)[:300]
+        if not delta.refused:
+            return ApiError(500, f"this request failed ({error}): others are not touched")
+        said = error.partition(": ")[2]
+        field = "logit_bias" if "logit_bias" in said else self._plan.bound
+        return refuse(field.split()[0], f"{field}: {said}")
+
     async def _deltas(self, ticket: Ticket, body: Body) -> AsyncIterator[list | None]:
         """Chunks as they come; None for a silence.
 
@@ -107,7 +117,7 @@ class EngineReply(Response):
             chunks = []
             for place, delta in deltas:
                 if delta.error is not None:
-                    raise ApiError(500, f"this request failed ({delta.error:.300}): others are not touched")
+                    raise self._fault(delta)
                 if delta.finish_reason == "abort":
                     raise ApiError(503, "the server is ending: send the request again", retry_after=5)
                 chunks += body.add(place, delta)

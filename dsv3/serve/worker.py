@@ -216,7 +216,8 @@ class Worker:
             parcels.setdefault(ticket, []).append((place, delta))
             self._observe(ticket, place, delta, now)
             if delta.error is not None:
-                log.error("request %d failed: %s", delta.request, delta.error)
+                kind, _, said = delta.error.partition(": ")  # a request's own mistake may quote it, which no log may
+                log.error("request %d failed: %s", delta.request, kind if delta.refused else f"{kind}: {said}")
         for ticket, parcel in parcels.items():
             self._call(ticket, _delivery(ticket, parcel, None))
             if not ticket.open:

@@ -352,6 +352,31 @@ def test_a_grammar_that_breaks_among_guesses_costs_nobody_anything(monkeypatch):
         assert tokens_of(parts[request.id, 0]) == alone.token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_request_that_leaves_itself_no_token_is_refused_and_says_nothing_forbidden(drafts, temperature):
+    e = engine(drafts=drafts)
+    ends = e.model.config.eos_token_ids
+    wanted = {Letters().encode("b")[0]: -100.0}
+    grammars = [
+        SamplingParams(max_tokens=9, temperature=temperature, grammar=regex("a{3}b"), logit_bias=wanted),
+        SamplingParams(max_tokens=9, temperature=temperature, logit_bias=dict.fromkeys(range(e._vocab), -100.0)),
+    ]
+    requests = [e.add([5, 9], params) for params in grammars]
+    calm = e.add([7], SamplingParams(max_tokens=20, ignore_eos=True))
+    parts = drain(e, [*requests, calm])
+    for request, said in zip(requests, (3, 0)):
+        last = parts[request.id, 0][-1]
+        assert (last.finish_reason, last.refused) == ("error", True)
+        assert "logit_bias" in last.error
+        assert len(tokens_of(parts[request.id, 0])) <= said
+        with pytest.raises(ValueError, match="logit_bias"):
+            next(e.complete([[5, 9]], request.params))
+    assert len(tokens_of(parts[calm.id, 0])) == 20
+    assert e.scheduler.book.held == 0
+    assert ends
+
+
 def test_refusals_name_both_values():
     with pytest.raises(ValueError, match="3 prompt tokens and max_tokens 300 exceed max_position_embeddings 256"):
         engine().add([1, 2, 3], SamplingParams(max_tokens=300))

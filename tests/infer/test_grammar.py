@@ -11,6 +11,7 @@ import torch
 from dsv3.infer.grammar import (
     MAX_GRAMMAR_BYTES,
     Grammars,
+    Refused,
     inline_schema,
     json_object,
     json_schema,
@@ -85,7 +86,7 @@ def test_guesses_are_forgotten(grammars):
 def test_a_guess_that_breaks_the_grammar_is_forgotten_too(grammars):
     matcher = grammars.matcher(regex("abc"))
     matcher.guess(*Letters().encode("a"))
-    with pytest.raises(RuntimeError, match="could not be followed"):
+    with pytest.raises(Refused, match="could not be followed"):
         matcher.guess(*Letters().encode("!"))
     matcher.forget_guesses()
     for letter in "abc":

@@ -8,8 +8,9 @@ import time
 import httpx
 import pytest
 
+from dsv3.infer.grammar import Refused
 from dsv3.serve.settings import ServeSettings
-from tests.serve.small import post, running, small_app, until
+from tests.serve.small import post, running, small_app, small_tokenizer, until
 
 LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 1900, "ignore_eos": True, "seed": 1}
 
@@ -106,6 +107,34 @@ def test_a_fault_in_one_answer_fails_it_alone(own, monkeypatch):
     assert json.loads(lines[-1][6:])["error"]["code"] == "internal_error"  # and no [DONE]
     assert post(url, "/v1/completions", asked).status_code == 200
     until(lambda: idle(service))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_at_fault_itself_is_told_so(own, stream):
+    service, url = own
+    digits = {str(small_tokenizer().encode(digit)[0]): -100 for digit in "0123456789"}
+    form = {"type": "regex", "regex": "[0-9]"}
+    asked = {**LONG, "response_format": form, "logit_bias": digits, "stream": stream, "ignore_eos": False}
+    told = post(url, "/v1/completions", asked)
+    error = json.loads(told.text.strip().splitlines()[-1].removeprefix("data: "))["error"]
+    assert told.status_code == (200 if stream else 400)
+    assert (error["type"], error["param"]) == ("invalid_request_error", "logit_bias")
+    until(lambda: idle(service))
+
+
+def test_of_a_request_at_fault_the_log_quotes_nothing(own, monkeypatch, caplog):
+    service, url = own
+
+    def outgrown(*_):
+        raise Refused("the grammar could not be followed: zebra")
+
+    monkeypatch.setattr(service.engine, "_decide", outgrown)
+    with caplog.at_level("INFO"):
+        told = post(url, "/v1/completions", {**LONG, "response_format": {"type": "json_object"}})
+    assert told.status_code == 400
+    assert told.json()["error"]["message"] == "response_format: the grammar could not be followed: zebra"
+    assert "failed: Refused" in caplog.text
+    assert "zebra" not in caplog.text
 
 
 def test_no_room_is_429_with_retry_after(own, monkeypatch):
