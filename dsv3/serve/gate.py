@@ -60,12 +60,13 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         watch = _Watch(send, _request_id(headers.get(b"x-request-id")))
         start, owner, label = time.monotonic(), None, _label(scope["path"])
+        scope.setdefault("state", {})["came"] = start
         try:
             try:
                 self._check_host(headers.get(b"host"), headers.get(b"origin"))
                 if label != "other" and scope["method"] != "OPTIONS":
                     owner = self._service.keys.owner(headers.get(b"authorization"))
-                    scope.setdefault("state", {})["owner"] = owner
+                    scope["state"]["owner"] = owner
                 body = LimitedBody(
                     receive, self._service.settings.max_body_bytes, self._service.settings.body_timeout_s
                 )

@@ -40,8 +40,10 @@ class EngineReply(Response):
     def __init__(self, service: Service, plan: Plan, owner: Owner, make: type[ChatBody] | type[CompletionBody]) -> None:
         super().__init__()
         self._service, self._plan, self._owner, self._make = service, plan, owner, make
+        self._came = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._came = scope["state"]["came"]  # the gate's
         work = asyncio.create_task(self._answer(send))
         gone = asyncio.create_task(_until_gone(receive))
         try:
@@ -113,7 +115,7 @@ class EngineReply(Response):
                 if silence < left:
                     yield None
                 continue
-            body.time(ticket.born, ticket.first_at)
+            body.time(self._came, ticket.first_at)
             chunks = []
             for place, delta in deltas:
                 if delta.error is not None:

@@ -137,6 +137,17 @@ def test_of_a_request_at_fault_the_log_quotes_nothing(own, monkeypatch, caplog):
     assert "zebra" not in caplog.text
 
 
+def test_totals_are_timed_from_the_requests_arrival(own, monkeypatch):
+    """Reading the body, making tokens of it, compiling a grammar: a client waits for these too."""
+    service, url = own
+    compiled = service._compile
+    monkeypatch.setattr(service, "_compile", lambda grammar: time.sleep(0.3) or compiled(grammar))
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "details": True}
+    told = post(url, "/v1/completions", {**asked, "response_format": {"type": "json_object"}}).json()
+    totals = told["dsv3"]["totals"]
+    assert 0.3 <= totals["first_token_seconds"] <= totals["seconds"]
+
+
 def test_no_room_is_429_with_retry_after(own, monkeypatch):
     service, url = own
     slow_down(service, monkeypatch, 0.01)
