@@ -21,6 +21,7 @@ from tests.serve.browser import (
     detailed,
     finish,
     finished,
+    module,
     opened,
     say,
     send,
@@ -469,6 +470,54 @@ def test_two_tabs_see_each_others_conversations(page, fake):
     fake.script.append(text_chunks("more of it"))
     say(page, "second")
     other.wait_for_selector(".turn.assistant >> text=more of it")
+
+
+def test_what_two_tabs_say_at_once_in_one_conversation_both_stays(page, fake):
+    say(page, "first")
+    other = page.context.new_page()
+    other.goto(fake.url)
+    other.wait_for_selector("html[data-ready]")
+    other.locator("#conversations .open", has_text="first").click()
+    other.wait_for_selector(".turn.assistant >> text=ok")
+    wait = Wait()
+    fake.script += [[*text_chunks("half of")[:-2], wait, *text_chunks(" it")], text_chunks("to the second tab")]
+    send(page, "from the first tab")
+    page.wait_for_selector("text=half of")
+    say(other, "from the second tab")
+    wait.event.set()
+    finished(page)
+    page.wait_for_selector(".turn.user .versions")
+    for tab in (page, other):
+        tab.reload()
+        tab.wait_for_selector("html[data-ready]")
+        tab.wait_for_selector(".turn.user .versions")
+        said = set()
+        for way in ("Previous version", "Next version"):
+            if tab.get_by_label(way).is_enabled():
+                tab.get_by_label(way).click()
+            said.add(tuple(answers(tab)))
+        assert said == {("ok", "half of it"), ("ok", "to the second tab")}
+
+
+def test_a_whole_answer_is_not_lost_to_another_tabs_half_of_it(page):
+    merged = module(
+        page,
+        "tree.js",
+        """(tree) => {
+          const mine = tree.createConversation();
+          const asked = tree.addTurn(mine, tree.ROOT, "user", "q");
+          Object.assign(tree.addTurn(mine, asked.id, "assistant", "half"), { finish: "interrupted" });
+          const theirs = structuredClone(mine);
+          const whole = Object.values(theirs.nodes).find((node) => node.role === "assistant");
+          Object.assign(whole, { content: "half and half", finish: "stop" });
+          Object.assign(theirs, { title: "Named", named: true });
+          const back = structuredClone(theirs);
+          const gained = [tree.merge(mine, theirs), tree.merge(mine, theirs), tree.merge(back, mine)];
+          const said = (conversation) => tree.path(conversation).map((node) => node.content).join();
+          return [gained, said(mine), said(back), mine.title];
+        }""",
+    )
+    assert merged == [[True, False, False], "q,half and half", "q,half and half", "Named"]
 
 
 def test_without_storage_the_page_works_and_says_that_nothing_is_kept(browser, fake):

@@ -128,14 +128,17 @@ class Chat {
     return this.#runs.get(id)?.conversation ?? this.store.conversation(id);
   }
 
+  // Whether another tab had kept something in it, which it holds now.
   async #save(conversation) {
+    let came = false;
     try {
-      await this.store.saveConversation(conversation);
+      came = await this.store.saveConversation(conversation);
       this.channel.postMessage(this.#runs.has(conversation.id) ? null : conversation.id);
     } catch (error) {
       this.#tell(`This conversation could not be kept: ${error.message}`);
     }
     await this.#list();
+    return came;
   }
 
   async #list() {
@@ -193,14 +196,16 @@ class Chat {
     const run = new Run(conversation, node, model, this.#limits.get(model));
     this.#runs.set(conversation.id, run);
     this.#show(conversation);
-    this.#save(conversation);
+    let elsewhere = false; // another tab has kept something in it meanwhile
+    const noted = (came) => (elsewhere ||= came);
+    this.#save(conversation).then(noted);
     announce("Sent. The answer follows.");
     let saved = performance.now();
     run.onChange = () => {
       this.#draw(run);
       if (performance.now() - saved < SAVE_EVERY) return;
       saved = performance.now();
-      this.store.saveConversation(conversation).catch(() => {}); // said at the end, if it still fails
+      this.store.saveConversation(conversation).then(noted, () => {}); // said at the end, if it still fails
     };
     const body = {
       ...(model ? { model } : {}),
@@ -212,12 +217,13 @@ class Chat {
     // Leaving the page breaks the request too: what is kept then is the answer so far, which will say that it was cut off.
     if (this.#leaving || this.#runs.get(conversation.id) !== run) return; // or deleted meanwhile
     this.#details.set(node.id, run.details);
-    await this.#save(conversation); // before it looks finished: whoever reloads then must find it whole
+    noted(await this.#save(conversation)); // before it looks finished: whoever reloads then must find it whole
     await this.#saveDetails(run.details);
     if (this.#runs.get(conversation.id) !== run) return this.store.remove(conversation.id); // deleted while it was kept
     this.#runs.delete(conversation.id);
     this.channel.postMessage(conversation.id);
     this.#finish(run);
+    if (elsewhere) await this.#changedElsewhere(conversation.id);
     if (failure?.status === 401) this.settings.open(this.conversation, "The server wants an API key.");
   }
 

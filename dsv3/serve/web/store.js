@@ -5,6 +5,8 @@
 // details        {id: of the answer, conversation, ...}   tokens, probabilities and experts of an answer (details.js)
 // Where IndexedDB is forbidden (some private windows) the same calls keep everything in memory; `persistent` says so.
 
+import { merge } from "./tree.js";
+
 const NAME = "dsv3";
 const STORES = ["heads", "conversations", "details"];
 
@@ -50,17 +52,25 @@ export class Store {
     return this.#get("details", id);
   }
 
+  // What another tab has kept of it meanwhile is taken into it; resolves with whether there was such.
   async saveConversation(conversation) {
-    const { id, title, updated } = conversation;
+    const { id } = conversation;
     if (!this.#database) {
+      const { title, updated } = conversation;
       this.#memory.heads.set(id, { id, title, updated });
       this.#memory.conversations.set(id, structuredClone(conversation));
-      return;
+      return false;
     }
+    let came = false;
     await this.#run(["heads", "conversations"], "readwrite", (stores) => {
-      stores.heads.put({ id, title, updated });
-      stores.conversations.put(conversation);
+      const kept = stores.conversations.get(id);
+      kept.onsuccess = () => {
+        came = kept.result !== undefined && merge(conversation, kept.result);
+        stores.heads.put({ id, title: conversation.title, updated: conversation.updated });
+        stores.conversations.put(conversation);
+      };
     });
+    return came;
   }
 
   async saveDetails(details) {

@@ -67,6 +67,31 @@ export function choose(conversation, id) {
   conversation.chosen[conversation.nodes[id].parent] = id;
 }
 
+// Another tab kept `theirs` of the same conversation: what it says and `mine` lacks comes over. Turns are never removed, so
+// none is brought back; what is shown, and settings, stay mine. Returns whether anything came.
+export function merge(mine, theirs) {
+  let came = false;
+  for (const [id, node] of Object.entries(theirs.nodes)) {
+    const own = mine.nodes[id];
+    if (own && !isFurther(node, own)) continue;
+    mine.nodes[id] = Object.assign(own ?? {}, node);
+    const beside = (mine.children[node.parent] ??= []);
+    if (!beside.includes(id)) beside.push(id);
+    mine.chosen[node.parent] ??= id;
+    came = true;
+  }
+  if (theirs.named && !mine.named) Object.assign(mine, { title: theirs.title, named: true });
+  mine.updated = Math.max(mine.updated, theirs.updated);
+  return came;
+}
+
+// Of one answer: whether a copy has what another was cut off before.
+function isFurther(copy, other) {
+  const isCut = ({ finish }) => !finish || finish === "interrupted";
+  if (copy.role !== "assistant" || !isCut(other)) return false;
+  return !isCut(copy) || copy.content.length > other.content.length;
+}
+
 // What the server is sent to answer the turn `id`. Reasoning is not sent back (DeepSeek's rule); an answer that failed
 // or is empty is left out together with nothing else: the turns around it stay.
 export function messagesUpTo(conversation, id) {
