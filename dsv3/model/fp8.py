@@ -24,6 +24,7 @@ Does not: know how wide a step is or when to cast again (parallel/apply.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -376,12 +377,13 @@ _experts_down.register_autograd(_differentiate_down, setup_context=_save_down)
 def keeping(block: Callable[..., Any]) -> Callable[..., Any]:
     """The same block of a layer, its activations kept in FP8 and otherwise computed again in its backward pass."""
 
-    def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return block(*args)
-        return checkpoint(block, *args, use_reentrant=False, context_fn=_contexts, preserve_rng_state=False)
+    return functools.partial(_run_keeping, block)  # which a deep copy of the layer binds to the copy
 
-    return run
+
+def _run_keeping(block: Callable[..., Any], *args: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=_contexts, preserve_rng_state=False)
 
 
 def _contexts() -> tuple[_Keep, _Replay]:

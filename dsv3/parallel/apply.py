@@ -11,6 +11,7 @@ On a mesh shards are the masters, and FSDP's gathered weights the copy. Does not
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -81,13 +82,13 @@ def parallelize(model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: boo
 
 
 def prepare(model: DeepseekV3, *, recompute: bool, compile_layers: bool) -> None:
-    """Wrap every decoder layer in place. Layers of one kind share one compiled graph, so depth costs no compile time."""
+    """Wrap every decoder layer in place. Layers of one kind share one compiled graph, so depth costs no compile time. What is put
+    before a layer's own methods is bound to the layer, so that a deep copy of the model runs the copy's layers."""
     for layer in model.model.layers:
         if fp8_modules(layer) and not recompute:
             for block in ("attention_block", "mlp_block"):
                 setattr(layer, block, keeping(getattr(layer, block)))
         if recompute:
-            forward = layer.forward
-            layer.forward = lambda x, context, forward=forward: checkpoint(forward, x, context, use_reentrant=False)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         if compile_layers:
             layer.compile(dynamic=False)

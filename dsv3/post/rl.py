@@ -180,7 +180,7 @@ class Rounds:
         )
         self.reference: DeepseekV3 | None = None
         if config.grpo.kl > 0:
-            self.reference = frozen_copy(trainer.workers.policy)
+            self.reference = copy.deepcopy(trainer.workers.policy).requires_grad_(False)
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -394,16 +394,6 @@ class Rounds:
                 if self.config.stop_on_alarm:
                     raise AlarmError(alarm)
         return record
-
-
-def frozen_copy(policy: DeepseekV3) -> DeepseekV3:
-    """The policy as it is now, for good. Methods that were put before a module's own (recomputation) are bound to the policy's
-    modules, and so would be their copies: they are taken off."""
-    copied = copy.deepcopy(policy).requires_grad_(False)
-    for module in copied.modules():
-        for name in [n for n, value in vars(module).items() if callable(value) and hasattr(type(module), n)]:
-            delattr(module, name)
-    return copied
 
 
 def build_rl(
