@@ -142,6 +142,8 @@ def _show(made: Plan) -> None:
         shown.add_row("", "this package today", f"{slower:,.2f} s a step: its all-to-all is not hidden (--system dsv3)")
     _add_serving(shown, made)
     console.print(shown)
+    for note in made.notes:
+        console.print(f"note: {note}")
     if made.alternatives:
         others = table("other layouts that fit, fastest first", ("layout", "s a step", "GiB"))
         for other in made.alternatives:

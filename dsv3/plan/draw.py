@@ -1,10 +1,13 @@
 """The timeline of a step and the memory of a rank, as one picture.
 
-    above   one row a pipeline rank: forwards (light), backwards (dark), idle between; 1F1B's order, which the other schedules
-            change but not the sums: each micro-batch of a rank as one block, the bubble as the plan counts it
+    above   one row a pipeline rank: every forward and backward in the order of the schedule that is run (timeline.py), with the
+            plan's seconds; white is the bubble. Of two stages a rank the second is paler; two passes side by side share a block
     below   bytes of a rank by kind, against what the device has
 
-Does not: simulate the library's schedules action by action.
+So many micro-batches are drawn as fill the pipeline, or SHOWN: the rest would repeat the middle. DualPipe's bubble is counted by
+its authors' formula (step.py), and its drawn step ends a little later: forwards and backwards that have no partner take longer
+than half a pair.
+Does not: count anything.
 """
 
 from __future__ import annotations
@@ -14,49 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3.plan.plan import Plan
 from dsv3.plan.step import StepTime
+from dsv3.plan.timeline import Block, filling, lay_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = 24  # micro-batches drawn: more would be a grey bar
 GIB = 2**30
+KINDS = "FBIW"
+COLOURS = {
+    "F": ("forward", "#5b95c7", "#a9cbe8"),
+    "B": ("backward", "#1f4e79", "#6f8fb0"),
+    "I": ("backward for the input", "#2e8b57", "#8fc9a7"),
+    "W": ("backward for the weights", "#e3a857", "#f2d6a8"),
+}
 
 
-def blocks(
-    ranks: int, micro_batches: int, forward: float, backward: float
-) -> list[list[tuple[str, int, float, float]]]:
-    """1F1B over ranks: per rank (kind, micro-batch, start, seconds), in order. A block starts when its rank is free and the
-    neighbour's block that it reads has ended."""
-    ends: dict[tuple[str, int, int], float] = {}
-    orders = [_order(rank, ranks, micro_batches) for rank in range(ranks)]
-    free, done = [0.0] * ranks, [0] * ranks
-    found: list[list[tuple[str, int, float, float]]] = [[] for _ in range(ranks)]
-    while any(done[rank] < len(orders[rank]) for rank in range(ranks)):
-        moved = False
-        for rank in range(ranks):
-            while done[rank] < len(orders[rank]):
-                kind, micro = orders[rank][done[rank]]
-                before = rank - 1 if kind == "F" else rank + 1
-                ready = ends.get((kind, micro, before), 0.0 if before in (-1, ranks) else None)
-                if ready is None:
-                    break
-                start, seconds = max(free[rank], ready), forward if kind == "F" else backward
-                free[rank] = ends[kind, micro, rank] = start + seconds
-                found[rank].append((kind, micro, start, seconds))
-                done[rank], moved = done[rank] + 1, True
-        assert moved, "1F1B's order waits for itself"
-    return found
-
-
-def _order(rank: int, ranks: int, micro_batches: int) -> list[tuple[str, int]]:
-    """Warm-up forwards, then one forward and one backward in turn, then the backwards that are left."""
-    warm = min(ranks - rank, micro_batches)
-    order = [("F", micro) for micro in range(warm)]
-    for micro in range(micro_batches):
-        order.append(("B", micro))
-        if warm + micro < micro_batches:
-            order.append(("F", warm + micro))
-    return order
+def drawn(time: StepTime, ranks: int) -> list[Block]:
+    """The blocks of the picture: a step of as many micro-batches as are shown."""
+    number = min(time.micro_batches, max(SHOWN, filling(time.schedule, ranks)))
+    return lay_out(time.schedule, ranks, number, time.passes)
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -85,18 +65,39 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def _timeline(axes: Axes, ranks: int, time: StepTime) -> None:
-    micro_batches = min(time.micro_batches, SHOWN)
-    for rank, row in enumerate(blocks(ranks, micro_batches, time.forward, time.backward)):
-        for kind, colour in (("F", "#9cc3e6"), ("B", "#2f6ca3")):
-            bars = [(start, seconds) for which, _, start, seconds in row if which == kind]
-            axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3)
+    found = drawn(time, ranks)
+    bars: dict[tuple[str, bool], list[tuple[float, float, int, float, float]]] = {}
+    for block in found:
+        height = 0.8 / len(block.parts)
+        for place, part in enumerate(block.parts):
+            # Of a V's two stages the first is the one in the upper half of the model: 0 .. ranks - 1.
+            second = part.stage >= (ranks // 2 if time.schedule == "dualpipe" else ranks)
+            bar = (block.start, block.seconds, block.rank, place * height - 0.4, height)
+            bars.setdefault((part.kind, second), []).append(bar)
+    for (kind, second), places in sorted(bars.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1])):
+        name, *colours = COLOURS[kind]
+        for start, seconds, rank, offset, height in places:
+            axes.broken_barh(
+                [(start, seconds)],
+                (rank + offset, height),
+                facecolors=colours[second],
+                edgecolors="white",
+                linewidth=0.2,
+            )
+        if not second:
+            axes.barh([0], [0], color=colours[0], label=name)
     axes.set_yticks(range(ranks))
+    axes.set_xlim(0, max(block.end for block in found))
     axes.invert_yaxis()
     axes.set_ylabel("pipeline rank")
-    left_out = time.micro_batches - micro_batches
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8)
+    number = len({(part.stage, part.micro) for block in found for part in block.parts if part.kind == "F"})
+    stages = len({part.stage for block in found for part in block.parts})
+    shown = number // stages * (2 if time.schedule == "dualpipe" else 1)
+    left_out = time.micro_batches - shown
     note = f"; {left_out} more micro-batches follow in the middle" if left_out else ""
     axes.set_xlabel(
-        f"seconds in 1F1B's order{note}. The plan's step: {time.seconds:.2f} s, of it bubble {time.bubble:.2f}, "
+        f"seconds in {time.schedule}'s order{note}. The plan's step: {time.seconds:.2f} s, of it bubble {time.bubble:.2f}, "
         f"network {time.network + time.exchange:.2f}"
     )
 

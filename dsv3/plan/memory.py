@@ -232,6 +232,7 @@ def under_way(layout: Layout, rank: int) -> float:
         "1f1b": float(ranks - rank),
         "interleaved": ranks + (ranks - 1) / layout.chunks,
         "zero-bubble": float(ranks),
+        "zb1p": float(ranks),
         "dualpipe": ranks + 1.0,
         "dualpipev": ranks + 0.5,
     }[layout.schedule]

@@ -11,6 +11,7 @@ Does not: print (cli/plan.py), or draw (draw.py).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,8 @@ class Plan:
     mfu: float
     phases: tuple[PhaseCost, ...]
     """Pre-training first."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers would not guess."""
     as_dsv3: StepTime
     """A step of the same layout by this package as it stands, which does not hide its all-to-all."""
     serving: Serving
@@ -102,6 +105,7 @@ class Plan:
                 for other in self.alternatives
             ],
             "serving": self.serving.to_json(),
+            "notes": self.notes,
             "sources": self.hardware.sources,
         }
 
@@ -150,8 +154,13 @@ def _plan(job: Job, hardware: Hardware, system: System, chosen: Candidate, why: 
         alternatives=tuple(other for other in found if other.layout != layout)[:10],
         tokens=job.tokens, tokens_per_second=rate, mfu=rate / layout.gpus * flops / peak,
         phases=(_pretraining(job, layout, hardware, system), *(_phase(job, p, layout, hardware, system) for p in job.phases)),
-        as_dsv3=dsv3, serving=serving_of(job.model, hardware),
+        notes=tuple(_notes(layout, chosen.time, system)), as_dsv3=dsv3, serving=serving_of(job.model, hardware),
     )  # fmt: skip
+
+
+def _notes(layout: Layout, time: StepTime, system: System) -> Iterator[str]:
+    if layout.pipeline > 1 and time.schedule != layout.schedule:
+        yield f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}"
 
 
 def _pretraining(job: Job, layout: Layout, hardware: Hardware, system: System) -> PhaseCost:

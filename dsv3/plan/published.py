@@ -72,7 +72,7 @@ RUNS = (
     ),
     TrainingRun(
         name="DeepSeek-V2, H800", model=V2, hardware="h800", system=EAGER, rows=9216, precision="bfloat16",
-        rate=1e12 / (172.8e3 * 3600), layout=Layout(gpus=2048, pipeline=16, expert=8, schedule="zero-bubble"),
+        rate=1e12 / (172.8e3 * 3600), layout=Layout(gpus=2048, pipeline=16, expert=8, schedule="zb1p"),
         source="V2 report (arXiv 2405.04434) section 3.2.3: 172.8K GPU-hours a trillion tokens", assumed=_V2_GPUS,
     ),
     TrainingRun(

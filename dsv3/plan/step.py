@@ -2,9 +2,12 @@
 
     a rank's pair    F + B + W of one micro-batch through its layers: the slower of processors and network where the all-to-all
                      runs behind the other micro-batch's products (DualPipe), their sum where it does not
-    bubble           1f1b (P-1)(F+B) · interleaved the same / v · zero-bubble (P-1)(F+B-2W) · dualpipe (P/2-1)(F&B + B - 3W)
+    bubble           1f1b, zero-bubble, dualpipev: what the schedule's own order takes beyond the pairs (timeline.py)
+                     of others' software, which has no order here: interleaved (P-1)(F+B) / v · zb1p (P-1)(F+B-2W) ·
+                     dualpipe (P/2-1)(F&B + B - 3W)
     step             micro-batches · pair + bubble + gradients' and weights' exchange + AdamW's passes over memory
 
+W waits where layers are computed again and in FP8 too (kernels/later.py); the head's does not: its gradients are made at once.
 The slowest rank counts: layers come whole, and the head with the MTP layers sits on one rank.
 All of it is divided by what a run keeps of its kernels' rates (hardware.kept).
 Source: V3 report sections 3.2.1 to 3.2.3; DualPipe's README (table of bubbles). Legend: P pipeline ranks.
@@ -23,9 +26,11 @@ from dsv3.model.census import memory_shapes
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.stage import STAGES_A_RANK, Part, split
 from dsv3.plan.hardware import Hardware
+from dsv3.plan.timeline import Seconds, idle_seconds
 from dsv3.plan.work import NOTHING, Cost, Pass, Setting, head_cost, layer_cost, mix_cost
 
-SCHEDULES = ("1f1b", "interleaved", "zero-bubble", "dualpipev", "dualpipe")
+SCHEDULES = ("1f1b", "zero-bubble", "dualpipev", "interleaved", "zb1p", "dualpipe")
+"""Ours first; `zb1p` is zero-bubble with one stage a rank, as DeepSeek-V2 was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,14 @@ class StepTime(NamedTuple):
     micro_batches: int
     forward: float  # of one micro-batch through the rank's layers
     backward: float
-    weights: float
+    weights: float  # of the backward, what may wait
+    pair: float  # a forward and a backward of one micro-batch
+    schedule: str  # that the system runs
+
+    @property
+    def passes(self) -> Seconds:
+        """As timeline.py lays them out."""
+        return Seconds(self.forward, self.backward - self.weights, self.weights, self.pair)
 
 
 def step_time(
@@ -110,7 +122,7 @@ def step_time(
 ) -> StepTime:
     """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules of two stages a rank the report's system
     runs its own, DualPipe."""
-    if system.overlap and layout.schedule in ("dualpipev", "zero-bubble"):
+    if system.overlap and layout.schedule in ("dualpipev", "zero-bubble") and layout.pipeline % 2 == 0:
         layout = dataclasses.replace(layout, schedule="dualpipe")
     tokens = layout.micro_batch * seq_len
     setting = Setting(
@@ -124,13 +136,15 @@ def step_time(
     cost += Cost(Pass(0.0, gathered / 2), Pass(0.0, gathered / 2), Pass(accumulate, 0.0))
     count = layout.micro_batches(rows)
     compute, network = pair_seconds(cost, hardware, system, layout)
-    bubble = layout.rounds * bubble_seconds(cost, compute + network, layout)
+    forward, to_input, weights = (sum(part) for part in cost)
+    passes = Seconds(forward, to_input, weights, compute + network)
+    bubble = layout.rounds * bubble_seconds(passes, layout, count)
     exchange = exchange_seconds(held, layout, hardware, precision, system) / hardware.kept
     optimizer = optimizer_seconds(held, layout, hardware, precision) / hardware.kept
     seconds = count * (compute + network) + bubble + exchange + optimizer
     return StepTime(
         count * compute, count * network, bubble, exchange, optimizer, seconds, count,
-        sum(cost.forward), sum(cost.backward) + sum(cost.weights), sum(cost.weights),
+        forward, to_input + weights, weights, compute + network, layout.schedule,
     )  # fmt: skip
 
 
@@ -139,26 +153,26 @@ def pair_seconds(cost: Cost, hardware: Hardware, system: System, layout: Layout)
     compute, wire = cost.total
     if not wire:
         return compute, 0.0
-    if not system.overlap or layout.schedule != "dualpipe":
+    if not system.overlap or layout.schedule not in ("dualpipe", "dualpipev"):
         return compute, wire
     shared = compute / (1 - hardware.copy_share)  # the network's kernels hold some processors
     return shared, max(0.0, wire - shared)
 
 
-def bubble_seconds(cost: Cost, pair: float, layout: Layout) -> float:
+def bubble_seconds(passes: Seconds, layout: Layout, micro_batches: int) -> float:
     """Idle seconds of a step; F, B and W are a rank's."""
-    ranks, weights = layout.pipeline, sum(cost.weights)
-    forward, backward = sum(cost.forward), sum(cost.backward) + weights
+    ranks, (forward, to_input, weights, pair) = layout.pipeline, passes
+    backward = to_input + weights
     if ranks == 1:
         return 0.0
-    return {
-        "1f1b": (ranks - 1) * (forward + backward),
+    of_others = {
         "interleaved": (ranks - 1) * (forward + backward) / layout.chunks,
-        "zero-bubble": max(0.0, (ranks - 1) * (forward + backward - 2 * weights)),
+        "zb1p": max(0.0, (ranks - 1) * (forward + backward - 2 * weights)),
         "dualpipe": max(0.0, (ranks / 2 - 1) * (pair + backward - 3 * weights)),
-        # Twice the stages, each of half a rank's layers, over ranks where DualPipe has half of its own.
-        "dualpipev": max(0.0, (ranks - 1) / 2 * (pair + backward - 3 * weights)),
-    }[layout.schedule]
+    }
+    if layout.schedule in of_others:
+        return of_others[layout.schedule]
+    return idle_seconds(layout.schedule, ranks, micro_batches, passes)
 
 
 # -- what a rank holds -----------------------------------------------------------------------------------------------------
@@ -179,6 +193,8 @@ def rank_cost(model: ModelConfig, layout: Layout, setting: Setting, hardware: Ha
         unit = sum(layers[main - 1].total)
         uneven = slowest(main, sum(tail.total) / unit, layout) / ((main + sum(tail.total) / unit) / layout.pipeline)
         return (_sum(layers[:main]) + tail).times(uneven / layout.pipeline) + cuts
+    at_once = head.times(1 + depths).weights
+    tail = Cost(tail.forward, tail.backward + at_once, tail.weights + at_once.times(-1))
     loads: list[Cost] = [NOTHING] * layout.pipeline
     for part in _split(model, layout.pipeline, layout.schedule):
         mine = _sum([layers[index] for index in part.layers if index < main])

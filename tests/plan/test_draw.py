@@ -1,33 +1,20 @@
-"""The timeline of a pipeline, and the picture."""
-
-import itertools
+"""The picture of a plan."""
 
 import pytest
 
-from dsv3.plan.draw import blocks, draw
+from dsv3.plan.draw import draw, drawn
 from dsv3.plan.hardware import hardware_named
 from dsv3.plan.plan import make_plan
-from dsv3.recipes import tiny
+from dsv3.plan.step import DSV3
+from dsv3.recipes import tiny, v3
 
 
-@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 3), (2, 2), (4, 8), (4, 3), (16, 32)])
-def test_1f1b_ends_after_its_micro_batches_and_the_bubble_of_the_formula(ranks, micro_batches):
-    forward, backward = 1.0, 2.0
-    rows = blocks(ranks, micro_batches, forward, backward)
-    end = max(start + seconds for row in rows for _, _, start, seconds in row)
-    assert end == pytest.approx((micro_batches + ranks - 1) * (forward + backward))
-    assert all(len(row) == 2 * micro_batches for row in rows)
-
-
-def test_no_rank_does_two_things_at_once_and_nothing_before_what_it_reads():
-    rows = blocks(4, 8, 1.0, 2.0)
-    ends = {(kind, micro, rank): start + s for rank, row in enumerate(rows) for kind, micro, start, s in row}
-    for rank, row in enumerate(rows):
-        for (*_, start, seconds), (*_, after, _) in itertools.pairwise(row):
-            assert after >= start + seconds
-        for kind, micro, start, _ in row:
-            before = ends.get((kind, micro, rank - 1 if kind == "F" else rank + 1), 0.0)
-            assert start >= before
+def test_a_deep_pipeline_is_drawn_with_as_many_micro_batches_as_fill_it_and_the_plans_bubble():
+    time = make_plan(v3.job(), hardware_named("h800"), 2048, system=DSV3).chosen.time
+    blocks = drawn(time, 16)
+    assert {block.kind for block in blocks} == {"F", "I", "W"}
+    assert len({part.micro for block in blocks for part in block.parts}) == 32
+    assert max(block.end for block in blocks) == pytest.approx(32 * time.pair + time.bubble)
 
 
 def test_the_picture_is_written_and_a_strange_name_refused(tmp_path):

@@ -8,6 +8,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.plan.hardware import hardware_named
 from dsv3.plan.job import job_from_file, plain_job, with_options
 from dsv3.plan.plan import make_plan
+from dsv3.plan.step import DSV3
 from dsv3.recipes import mini, tiny, v3
 
 
@@ -102,3 +103,10 @@ def test_tiny_is_planned_on_a_core():
     made = make_plan(tiny.job(), hardware_named("cpu"), 1)
     assert made.system.name == "dsv3"
     assert made.chosen.layout.gpus == 1
+
+
+def test_a_plan_says_whose_schedule_it_times(report):
+    (note,) = report.to_json()["notes"]
+    assert "dualpipe" in note
+    assert "this package runs zero-bubble" in note
+    assert make_plan(v3.job(), hardware_named("h800"), 2048, system=DSV3).notes == ()

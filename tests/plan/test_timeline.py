@@ -1,0 +1,125 @@
+"""The schedules in time: what runs when, and the bubble that the plan counts."""
+
+import itertools
+from collections import Counter, defaultdict
+
+import pytest
+
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.stage import STAGES_A_RANK
+from dsv3.plan.hardware import known_hardware
+from dsv3.plan.memory import under_way
+from dsv3.plan.step import DSV3, REPORT, Layout, step_time
+from dsv3.plan.timeline import Seconds, filling, idle_seconds, lay_out, order
+
+UNEVEN = Seconds(1.0, 1.5, 0.9, 3.4)
+SCHEDULES = ("1f1b", "zero-bubble", "dualpipev")
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "dualpipe"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_micro_batch_passes_every_stage_once_forward_and_once_backward(schedule, ranks):
+    micro_batches = 2 * filling(schedule, ranks)
+    blocks = lay_out(schedule, ranks, micro_batches, UNEVEN)
+    work = defaultdict(Counter)
+    for block in blocks:
+        for part in block.parts:
+            work[block.rank]["F"] += part.kind == "F"
+            work[block.rank]["to inputs"] += part.kind in "IB"
+            work[block.rank]["to weights"] += part.kind in "WB"
+    each = micro_batches * STAGES_A_RANK.get(schedule, 1)
+    assert dict(work) == {rank: {"F": each, "to inputs": each, "to weights": each} for rank in range(ranks)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_rank_does_two_things_at_once_and_nothing_before_what_it_reads(schedule):
+    ranks, micro_batches = 4, 9
+    blocks = lay_out(schedule, ranks, micro_batches, UNEVEN)
+    rows, ends = defaultdict(list), {}
+    for block in blocks:
+        rows[block.rank].append(block)
+        for part in block.parts:
+            ends[part.kind if part.kind in "FW" else "to input", part.stage, part.micro] = block.end
+    for row in rows.values():
+        assert all(after.start >= block.end - 1e-9 for block, after in itertools.pairwise(row))
+    stages = ranks * STAGES_A_RANK[schedule]
+    for block in blocks:
+        for kind, stage, micro in block.parts:
+            if kind == "W":
+                assert block.start >= ends["to input", stage, micro] - 1e-9
+            elif kind == "F" and stage:
+                assert block.start >= ends["F", stage - 1, micro] - 1e-9
+            elif kind in "IB":
+                read = ("to input", stage + 1, micro) if stage < stages - 1 else ("F", stage, micro)
+                assert block.start >= ends[read] - 1e-9
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 3), (2, 2), (4, 8), (4, 3), (16, 32)])
+def test_1f1b_idles_for_the_passes_of_all_other_ranks(ranks, micro_batches):
+    assert idle_seconds("1f1b", ranks, micro_batches, UNEVEN) == pytest.approx((ranks - 1) * 3.4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_where_all_passes_take_as_long_the_bubbles_are_the_published_ones(ranks):
+    even = Seconds(1.0, 1.0, 1.0, 3.0)
+    many = 4 * ranks
+    # DualPipe's README: (stages / 2 - 1)(F&B + B - 3W), a stage being half a rank's layers; ZB-V: half a backward a rank.
+    assert idle_seconds("dualpipev", ranks, many, even) == pytest.approx((ranks - 1) * (1.5 + 1.0 - 1.5))
+    assert idle_seconds("zero-bubble", ranks, many, even) == pytest.approx((ranks - 1) / 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_full_pipelines_bubble_does_not_grow_with_the_step(schedule):
+    for ranks in (2, 3, 8):
+        for micro_batches in (2 * ranks + 3, 10 * ranks):
+            end = max(block.end for block in lay_out(schedule, ranks, micro_batches, UNEVEN))
+            assert end == pytest.approx(
+                micro_batches * UNEVEN.pair + idle_seconds(schedule, ranks, micro_batches, UNEVEN)
+            )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_memory_counts_as_many_micro_batches_under_way_as_the_order_has(schedule):
+    ranks = 8
+    layout = Layout(gpus=ranks, pipeline=ranks, schedule=schedule)
+    for rank, actions in enumerate(order(schedule, ranks, 6 * ranks)):
+        now = peak = 0.0
+        for part in itertools.chain.from_iterable(action.parts for action in actions):
+            now += {"F": 1, "I": 0, "W": -1, "B": -1}[part.kind] / STAGES_A_RANK[schedule]
+            peak = max(peak, now)
+        assert peak == under_way(layout, rank)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_step_takes_its_bubble_from_the_order(schedule, recompute):
+    layout = Layout(gpus=64, pipeline=8, expert=8, schedule=schedule, recompute=recompute)
+    time = step_time(ModelConfig(), layout, known_hardware()["h800"], DSV3, rows=512, seq_len=4096, precision="fp8")
+    blocks = lay_out(schedule, 8, time.micro_batches, time.passes)
+    assert max(block.end for block in blocks) == pytest.approx(time.compute + time.network + time.bubble)
+    assert time.schedule == schedule
+
+
+def test_a_zero_bubble_schedule_gains_where_layers_are_computed_again_too():
+    def bubble(schedule):
+        layout = Layout(gpus=64, pipeline=8, expert=8, schedule=schedule, recompute=True)
+        time = step_time(ModelConfig(), layout, known_hardware()["h800"], DSV3, rows=512, seq_len=4096, precision="fp8")
+        return time.bubble / (time.forward + time.backward)
+
+    assert bubble("1f1b") == pytest.approx(7)
+    assert bubble("zero-bubble") < bubble("dualpipev") < 7
+
+
+def test_the_drawn_dualpipe_idles_as_its_authors_formula_says():
+    layout = Layout(gpus=2048, pipeline=16, expert=64, schedule="zero-bubble")
+    time = step_time(ModelConfig(), layout, known_hardware()["h800"], REPORT, rows=15360, seq_len=4096, precision="fp8")
+    blocks = lay_out("dualpipe", 16, time.micro_batches, time.passes)
+    end, busy = max(block.end for block in blocks), sum(block.seconds for block in blocks) / 16
+    assert time.schedule == "dualpipe"
+    assert end - busy == pytest.approx(time.bubble, rel=0.2)
+    assert end == pytest.approx(time.compute + time.network + time.bubble, rel=0.04)
+
+
+def test_a_schedule_without_an_order_is_refused():
+    with pytest.raises(ValueError, match="'interleaved' has no order here: known are 1f1b, zero-bubble"):
+        order("interleaved", 4, 8)
