@@ -130,6 +130,8 @@ def _extend(verb: Pretrain) -> None:
         raise ValueError(
             f"--extend trains in one process, and torchrun started {launched()}: start it without torchrun"
         )
+    if verb.parallel != ParallelConfig():
+        raise ValueError("--extend trains in one process, where --parallel.* changes nothing: leave it out")
     config = ExtendConfig(
         lengths=verb.extend_lengths, steps=verb.steps, step_tokens=verb.batch_size * verb.extend_lengths[-1],
         lr=verb.extend_lr, factor=verb.extend_factor, precision=verb.precision, seed=verb.seed, save_every=verb.save_every,

@@ -31,7 +31,7 @@ class ParallelConfig:
     half the bytes of bfloat16 and rounds them. With precision fp8 they are codes in any case."""
 
     def check(self, model: ModelConfig, world: int) -> None:
-        """Refuse degrees that do not fit.
+        """Refuse degrees that do not fit, and those that would change nothing.
 
         Raises:
             ValueError: with the sizes that would.
@@ -44,10 +44,20 @@ class ParallelConfig:
             raise ValueError(f"pipeline {self.pipeline} and expert {self.expert} must be at least 1")
         if self.dispatch == "fp8" and self.expert == 1:
             raise ValueError("dispatch 'fp8' with expert 1: no token travels; give expert ranks, or leave dispatch out")
-        if self.pipeline > 1 and self.schedule != "1f1b" and self.sharding == "fsdp":
+        if self.pipeline == 1 and self.schedule != "1f1b":
+            raise ValueError(
+                f"schedule {self.schedule!r} is the order of a pipeline, and pipeline is 1: give a pipeline of at least 2 ranks, "
+                "or leave the schedule out"
+            )
+        if self.schedule != "1f1b" and self.sharding == "fsdp":
             raise ValueError(
                 f"schedule {self.schedule!r} takes the backward pass in two halves, and sharding 'fsdp' lets the weights go "
                 "between them: take sharding 'zero1', or schedule '1f1b'"
+            )
+        if self.sharding == "fsdp" and world == self.pipeline:
+            raise ValueError(
+                f"sharding 'fsdp' divides the weights of a stage over its data ranks, and {_counted(world)} one for each of "
+                f"pipeline {self.pipeline}: start {2 * self.pipeline} or more, or leave sharding out"
             )
         if world % (self.pipeline * self.expert):
             fits = [e for e in _divisors(model.n_routed_experts) if world % (self.pipeline * e) == 0]

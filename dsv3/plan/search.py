@@ -32,7 +32,7 @@ class Candidate:
 def layout_of(parallel: ParallelConfig, gpus: int, *, micro_batch: int, recompute: bool) -> Layout:
     return Layout(
         gpus=gpus, pipeline=parallel.pipeline, expert=parallel.expert, sharding=parallel.sharding, schedule=parallel.schedule,
-        micro_batch=micro_batch, recompute=recompute,
+        micro_batch=micro_batch, recompute=recompute, fp8_dispatch=True if parallel.dispatch == "fp8" else None,
     )  # fmt: skip
 
 

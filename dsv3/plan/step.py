@@ -72,6 +72,8 @@ class Layout:
     """Stages a rank holds under `interleaved`."""
     micro_batch: int = 1
     recompute: bool = False
+    fp8_dispatch: bool | None = None
+    """Tokens travel as FP8 codes; None: as the precision."""
     rounds: int = 1
     """Times that a step fills and drains the pipeline."""
 
@@ -127,7 +129,7 @@ def step_time(
     tokens = layout.micro_batch * seq_len
     setting = Setting(
         precision=precision, seq_len=seq_len, tokens=tokens, recompute=layout.recompute, expert=layout.expert,
-        limited=system.limited, neighbours=system.neighbours,
+        limited=system.limited, fp8_dispatch=layout.fp8_dispatch, neighbours=system.neighbours,
     )  # fmt: skip
     cost = rank_cost(model, layout, setting, hardware, system).times(tokens / hardware.kept)
     held = rank_elements(model, layout)

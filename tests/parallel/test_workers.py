@@ -243,9 +243,17 @@ def test_the_rows_that_a_rank_reads_are_those_of_its_micro_batches(rows, ranks):
         ({"sharding": "zero3"}, 2, "sharding is 'zero3': choose one of zero1, fsdp"),
         ({"pipeline": 2, "schedule": "dualpipev", "sharding": "fsdp"}, 2, "take sharding 'zero1', or schedule '1f1b'"),
         ({"dispatch": "fp8"}, 2, "no token travels"),
+        ({"schedule": "zero-bubble"}, 2, "order of a pipeline, and pipeline is 1: give a pipeline of at least 2"),
+        ({"sharding": "fsdp"}, 1, "1 process is one for each of pipeline 1: start 2 or more"),
+        ({"pipeline": 2, "sharding": "fsdp"}, 2, "2 processes are one for each of pipeline 2: start 4 or more"),
         ({"expert": 2}, 6, "do not divide over 3 replicas.*start 4 processes"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_with_those_that_would(degrees, world, told):
     with pytest.raises(ValueError, match=told):
         ParallelConfig(**degrees).check(TINY, world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_defaults_fit_any_number_of_processes(world):
+    ParallelConfig().check(TINY, world)

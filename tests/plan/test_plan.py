@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from dsv3.model.config import ModelConfig
+from dsv3.parallel.degrees import ParallelConfig
 from dsv3.plan.hardware import hardware_named
 from dsv3.plan.job import job_from_file, plain_job, with_options
 from dsv3.plan.plan import make_plan
@@ -110,3 +111,12 @@ def test_a_plan_says_whose_schedule_it_times(report):
     assert "dualpipe" in note
     assert "this package runs zero-bubble" in note
     assert make_plan(v3.job(), hardware_named("h800"), 2048, system=DSV3).notes == ()
+
+
+def test_fp8_dispatch_shortens_the_network_of_a_bfloat16_run():
+    def network(dispatch):
+        parallel = ParallelConfig(pipeline=16, expert=64, dispatch=dispatch)
+        job = plain_job("k", ModelConfig(), tokens=1e12, batch_size=15360, parallel=parallel)
+        return make_plan(job, hardware_named("h200"), 2048, system=DSV3).chosen.time.network
+
+    assert network("fp8") < 0.8 * network("precision")
