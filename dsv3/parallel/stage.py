@@ -69,7 +69,7 @@ class Part:
 
 
 def split(config: ModelConfig, ranks: int, schedule: str) -> tuple[Part, ...]:
-    """Deal the layers out: contiguous, so that the slowest stage is as fast as can be, then as evenly as can be.
+    """Deal the layers out: contiguous, so that the slowest rank is as fast as can be, then the slowest stage, then evenly.
 
     The cost is multiplications a token (matrices of the experts used, attention at 4,096 tokens a row, the head once for
     the main model and once a depth). Embedding, and with norm, MTP layers and head the last stage's end, stay where they are.
@@ -87,7 +87,7 @@ def split(config: ModelConfig, ranks: int, schedule: str) -> tuple[Part, ...]:
             f"head to deal out: give 1 to {most} ranks"
             + (f", or 1 to {main + 1} under '1f1b'" if each > 1 and 1 <= ranks <= main + 1 else "")
         )
-    cuts = _cuts(*_costs(config), stages)
+    cuts = _cuts(*_costs(config), stages) if each == 1 else _folded(*_costs(config), ranks)
     parts = []
     for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
         last = index == stages - 1
@@ -131,6 +131,56 @@ def _cuts(costs: list[float], embedding: float, tail: float, stages: int) -> lis
                     after[stop] = found
         best = after
     return best[layers][2]
+
+
+def _folded(costs: list[float], embedding: float, tail: float, ranks: int) -> list[int]:
+    """Borders of the 2·ranks stages of a V that minimise (the most loaded rank, the largest stage, the sum of squares).
+
+    Ranks are dealt to from the V's ends inwards, each the next layers of both sides: first for the most loaded rank alone, then
+    for the rest among the deals that load none more than that.
+    """
+    done = list(itertools.accumulate(costs, initial=0.0))
+    even = _cuts(costs, embedding, tail, 2 * ranks)
+    stages = [done[b] - done[a] for a, b in itertools.pairwise(even)]
+    stages[0], stages[-1] = stages[0] + embedding, stages[-1] + tail
+    limit = max(first + second for first, second in zip(stages, reversed(stages)))
+    for only_ranks in (True, False):
+        best: dict[tuple[int, int], _Deal] = {(0, len(costs)): ((0.0, 0.0), [0], [len(costs)])}
+        for rank in range(ranks):
+            best = _deal(best, done, (embedding, tail) if rank == 0 else None, rank == ranks - 1, limit, only_ranks)
+        ((limit, _), front, back) = min(best.values())
+        limit = limit if only_ranks else 0.0
+    return [*front, *reversed(back)]
+
+
+_Deal = tuple[tuple[float, float], list[int], list[int]]
+"""What has been minimised so far, and the borders dealt from the front and from the back."""
+
+
+def _deal(
+    best: dict[tuple[int, int], _Deal], done: list[float], ends: tuple[float, float] | None, inmost: bool, limit: float,
+    only_ranks: bool,
+) -> dict[tuple[int, int], _Deal]:  # fmt: skip
+    """One rank more. Keys: the layers [low, high) that are left. ends: of the first rank, what its two stages have besides."""
+    after: dict[tuple[int, int], _Deal] = {}
+    more = ends or (0.0, 0.0)
+    for (low, high), ((largest, squares), front, back) in best.items():
+        for up in range(low + 1, high + 1):
+            first = done[up] - done[low] + more[0]
+            if first > limit:
+                break
+            # Every stage has a layer, but the last may have the head alone. The inmost rank takes all that is left.
+            for down in [up] if inmost else range(high, up, -1):
+                second = done[high] - done[down] + more[1]
+                if first + second > limit and not inmost:
+                    break
+                if (down == high and ends is None) or first + second > limit:
+                    continue
+                now = first + second if only_ranks else max(first, second)
+                found = (max(largest, now), squares + first * first + second * second)
+                if (up, down) not in after or found < after[up, down][0]:
+                    after[up, down] = (found, [*front, up], back if inmost else [*back, down])
+    return after
 
 
 class Feed(Protocol):

@@ -16,7 +16,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3, Hidden, Routing
 from dsv3.parallel.apply import compute_copy, prepare
 from dsv3.parallel.pipeline import Pipeline, micro_batches
-from dsv3.parallel.stage import STAGES_A_RANK, Part, Stage, _cuts, split
+from dsv3.parallel.stage import STAGES_A_RANK, Part, Stage, _costs, _cuts, _folded, split
 from dsv3.train.loss import PretrainObjective, Step
 from tests.model.tiny import TINY, random_model
 from tests.parallel.ranks import run_ranks
@@ -223,6 +223,39 @@ def test_no_other_cut_has_a_faster_slowest_stage(costs: list[int], tail: int, st
     every = [(max(found), sum(x * x for x in found)) for found in (loads([0, *cut, layers]) for cut in inner)]
     best = loads(_cuts([float(cost) for cost in costs], 0.5, float(tail), stages))
     assert (max(best), sum(x * x for x in best)) == min(every)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 12), st.integers(1, 3))
+def test_no_other_v_has_a_less_loaded_rank_and_then_a_faster_slowest_stage(
+    costs: list[int], tail: int, ranks: int
+) -> None:
+    layers, stages = len(costs), 2 * ranks
+    if stages > layers + 1:
+        return
+
+    def loads(borders: list[int]) -> tuple[float, float]:
+        found = [float(sum(costs[a:b])) for a, b in itertools.pairwise(borders)]
+        found[0] += 0.5
+        found[-1] += tail
+        return max(a + b for a, b in zip(found, reversed(found))), max(found)
+
+    inner = itertools.combinations(range(1, layers + 1), stages - 1)
+    every = [loads([0, *cut, layers]) for cut in inner]
+    borders = _folded([float(cost) for cost in costs], 0.5, float(tail), ranks)
+    assert len(borders) == stages + 1
+    assert loads(borders) == min(every)
+
+
+def test_the_published_model_in_a_v_on_sixteen_ranks_loads_the_first_rank_with_a_layer_and_the_end_alone() -> None:
+    """The end, MTP and two heads, is as much as four layers, and the first stage has one: 1.21 of the mean is the least there is."""
+    layers, embedding, tail = _costs(ModelConfig())
+    loads = [0.0] * 16
+    for part in split(ModelConfig(), 16, "dualpipev"):
+        main = [layers[i] for i in part.layers if i < len(layers)]
+        loads[part.rank] += sum(main) + embedding * part.first + tail * part.last
+    assert max(loads) < 1.22 * sum(loads) / 16
+    assert sorted(loads)[-2] < sum(loads) / 16
 
 
 def test_the_published_model_on_sixteen_ranks_spares_the_last_stage_a_layer_for_head_and_mtp() -> None:
