@@ -140,7 +140,7 @@ class Engine:
         tier: a second place for pages (dsv3.infer.disk.DiskTier).
 
     Raises:
-        ValueError: drafts without an MTP layer; a cache too small for a page.
+        ValueError: drafts without an MTP layer; a cache too small for a page; a number that is too small.
     """
 
     def __init__(
@@ -160,6 +160,13 @@ class Engine:
             raise ValueError(
                 f"drafts={drafts} needs an MTP layer, the model has num_nextn_predict_layers 0: load one that has"
             )
+        for name, value, least in (
+            ("drafts", drafts, 0),
+            ("max_running", max_running, 1),
+            ("step_tokens", step_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: give {least} or more")
         self.model, self.tokenizer = model, tokenizer
         self.drafts = (1 if mtp else 0) if drafts is None else drafts
         self.runner: Runner = open_runner(model, cache_gb, mtp=self.drafts > 0)

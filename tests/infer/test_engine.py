@@ -356,7 +356,6 @@ def test_a_grammar_that_breaks_among_guesses_costs_nobody_anything(monkeypatch):
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_request_that_leaves_itself_no_token_is_refused_and_says_nothing_forbidden(drafts, temperature):
     e = engine(drafts=drafts)
-    ends = e.model.config.eos_token_ids
     wanted = {Letters().encode("b")[0]: -100.0}
     grammars = [
         SamplingParams(max_tokens=9, temperature=temperature, grammar=regex("a{3}b"), logit_bias=wanted),
@@ -374,7 +373,13 @@ def test_a_request_that_leaves_itself_no_token_is_refused_and_says_nothing_forbi
             next(e.complete([[5, 9]], request.params))
     assert len(tokens_of(parts[calm.id, 0])) == 20
     assert e.scheduler.book.held == 0
-    assert ends
+
+
+@pytest.mark.parametrize("wrong", [{"drafts": -1}, {"max_running": 0}, {"step_tokens": 0}])
+def test_an_engine_that_would_never_answer_is_refused(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        engine(**wrong)
 
 
 def test_refusals_name_both_values():

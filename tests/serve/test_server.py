@@ -115,6 +115,11 @@ def test_a_port_in_use_fails_before_anything_is_loaded():
             serve(small_engine, ServeSettings(), port=taken.getsockname()[1])
 
 
+def test_a_port_that_is_none_is_refused_and_not_taken_modulo_65536():
+    with pytest.raises(ValueError, match="port is 99999"):
+        serve(small_engine, ServeSettings(), port=99999)
+
+
 def test_an_open_address_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="API key"):
         serve(small_engine, ServeSettings(), host="0.0.0.0", port=0)
