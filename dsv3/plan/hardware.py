@@ -175,6 +175,23 @@ def hardware_named(name: str, *, price: float | None = None) -> Hardware:
     return found if price is None else dataclasses.replace(found, price=price)
 
 
+def _alike(value: Any, example: Any) -> bool:
+    """Whether a file's value can stand for the example: text, a positive number (0 where that is one), a pair, or a table."""
+    if isinstance(example, str):
+        return isinstance(value, str)
+    if isinstance(example, Mapping):
+        return isinstance(value, dict) and all(key in example and _alike(v, 1.0) and v for key, v in value.items())
+    if isinstance(example, tuple):
+        return isinstance(value, list) and len(value) == len(example) and all(_alike(v, 1.0) and v for v in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _shown(example: Any) -> str:
+    return str(
+        dict(example) if isinstance(example, Mapping) else list(example) if isinstance(example, tuple) else example
+    )
+
+
 def _from_file(path: Path, known: Mapping[str, Hardware]) -> Hardware:
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a TOML file of hardware, or one of {', '.join(known)}")
@@ -191,7 +208,10 @@ def _from_file(path: Path, known: Mapping[str, Hardware]) -> Hardware:
     base = known[like]
     changes: dict[str, Any] = {"name": path.stem, "sources": str(path)}
     for key, value in content.items():
-        changes[key] = {**getattr(base, key), **value} if isinstance(value, dict) else value
+        like_this = getattr(base, key)
+        if not _alike(value, like_this):
+            raise ValueError(f"{path}: {key} = {value!r} is of another kind than {base.name}'s, {_shown(like_this)}")
+        changes[key] = {**like_this, **value} if isinstance(value, dict) else value
     if "attention" in changes:
         changes["attention"] = tuple(changes["attention"])
     return dataclasses.replace(base, **changes)

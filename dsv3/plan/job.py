@@ -74,8 +74,11 @@ def plain_job(name: str, model: ModelConfig, **options: Any) -> Job:
     """
     seq_len, batch = int(options.pop("seq_len", 4096)), int(options.pop("batch_size", 1024))
     tokens, parallel = float(options.pop("tokens", 1e12)), options.pop("parallel", ParallelConfig())
-    if tokens <= 0:
-        raise ValueError(f"tokens {tokens:g} must be positive: give those of the whole run, such as 1e12")
+    if tokens <= 0 or batch < 1 or seq_len < 1:
+        raise ValueError(
+            f"tokens {tokens:g}, batch_size {batch} and seq_len {seq_len} must be positive: give those of the whole run, such as "
+            "1e12, of a step, and of a row"
+        )
     steps = steps_for(tokens, seq_len=seq_len, batch_size=batch)
     schedule = ScheduleConfig(steps=steps, warmup_steps=min(2000, steps - 1), batch_size=batch)
     sizes: dict[str, Any] = {"micro_batch": 1, **options}
@@ -102,11 +105,19 @@ def job_from_file(path: Path, **options: Any) -> Job:
     known = {"model", "tokens", "seq_len", "batch_size", "micro_batch", "precision", "recompute", "parallel"}
     if set(content) - known or "model" not in content:
         raise ValueError(f"{path} has {sorted(content)}: it needs `model`, and may have {', '.join(sorted(known))}")
+    for name, value in content.items():
+        kinds: Any = _KINDS.get(name, (int, float))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise ValueError(f"{path}: {name} = {value!r} is of the wrong kind: see the example in dsv3/plan/job.py")
     model = content.pop("model")
     config = ModelConfig.from_hf(path.parent / model if isinstance(model, str) else model)
     if "parallel" in content:
         content["parallel"] = _degrees(content["parallel"], path)
     return plain_job(path.stem, _plain(config), **{**content, **options})
+
+
+_KINDS: dict[str, Any] = {"model": (str, dict), "precision": str, "recompute": bool, "parallel": dict}
+"""Of a file's fields that are no numbers."""
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
@@ -117,6 +128,10 @@ def _degrees(content: dict[str, Any], path: Path) -> ParallelConfig:
     known = [f.name for f in dataclasses.fields(ParallelConfig)]
     if set(content) - set(known):
         raise ValueError(f"{path}: [parallel] has {sorted(content)}, known are {', '.join(known)}")
+    for name, value in content.items():
+        kind = type(getattr(ParallelConfig(), name))
+        if type(value) is not kind:
+            raise ValueError(f"{path}: [parallel] {name} = {value!r} must be of the kind {kind.__name__}")
     return ParallelConfig(**content)
 
 
@@ -126,6 +141,10 @@ def with_options(job: Job, **options: Any) -> Job:
         return job
     batch = int(options.pop("batch_size", job.train.schedule.batch_size))
     tokens = float(options.pop("tokens", job.tokens))
+    if tokens <= 0 or batch < 1:
+        raise ValueError(
+            f"tokens {tokens:g} and batch_size {batch} must be positive: give those of the whole run and of a step"
+        )
     train = dataclasses.replace(job.train, **options)
     assert isinstance(train.schedule, ScheduleConfig)
     ramp = train.schedule.batch_ramp_from

@@ -68,6 +68,10 @@ def rehearse(job: Job, layout: Layout, stages: Sequence[int] | None = None) -> d
     Raises:
         ValueError: the layout is not one that this package starts.
     """
+    if layout.gpus == 1:
+        raise ValueError(
+            "a dry run tries how a model is spread over ranks, and 1 device spreads nothing: leave it out, or give more --gpus"
+        )
     precision, held, worst = job.train.precision, {}, dict.fromkeys(KINDS, 0.0)
     for stage in range(layout.pipeline) if stages is None else stages:
         found = held_bytes(job.model, layout, stage, precision)

@@ -59,7 +59,10 @@ def refusal(model: ModelConfig, layout: Layout, rows: int) -> str | None:
     each = rows / (layout.data * layout.micro_batch)
     least = least_micro_batches(layout.pipeline, layout.schedule) if layout.pipeline > 1 else 1
     if each < least:
-        return f"{rows} rows a step make {each:g} micro-batches a rank, and it takes {least}"
+        return (
+            f"{rows} rows a step make {each:g} micro-batches of {layout.micro_batch} a rank, and it takes {least}: take at least "
+            f"{least * layout.data * layout.micro_batch} rows (--batch-size), or fewer devices"
+        )
     return None
 
 
@@ -109,13 +112,13 @@ def does_not_fit(found: Candidate, hardware: Hardware, model: ModelConfig, *, se
     room, memory = hardware.memory * hardware.usable, found.memory
     kinds = sorted(memory.kinds().items(), key=lambda item: -item[1])
     name, size = kinds[0]
+    # The smallest layout is computed again, sharded most and cut finest already: what is left are other sizes.
     cures = {
-        "activations": f"recompute, a smaller micro-batch than {found.layout.micro_batch}, shorter rows than {seq_len}, or more "
-        "pipeline ranks",
-        "weights": "more devices (expert or pipeline degree), or sharding fsdp",
-        "gradients": "more devices (expert or pipeline degree), or sharding fsdp",
+        "activations": f"shorter rows than {seq_len}, or more devices (pipeline ranks)",
+        "weights": "more devices",
+        "gradients": "more devices",
         "optimizer": "more devices, or precision fp8 (moments of 2 bytes)",
-        "buffers": f"a smaller micro-batch than {found.layout.micro_batch}, or shorter rows than {seq_len}",
+        "buffers": f"shorter rows than {seq_len}, or more devices (pipeline ranks)",
     }
     need = -(-memory.total * found.layout.gpus // room)
     listed = ", ".join(f"{kind} {value / GIB:.1f}" for kind, value in kinds)

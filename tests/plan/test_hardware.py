@@ -36,3 +36,20 @@ def test_a_precision_that_the_hardware_lacks_is_refused():
 
 def test_every_hardware_says_where_its_numbers_are_from():
     assert all(hardware.sources and hardware.price > 0 for hardware in known_hardware().values())
+
+
+WRONG = (
+    'memory = "big"',
+    "attention = 3",
+    "attention = [1.0]",
+    'products = {fp8 = "x"}',
+    "products = 5",
+    "products = {fp9 = 1.0}",
+)
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_value_of_another_kind_is_refused_with_one_that_would_do(tmp_path, line):
+    (tmp_path / "mine.toml").write_text(line)
+    with pytest.raises(ValueError, match=f"{line.split()[0]} = .* is of another kind than h100's"):
+        hardware_named(str(tmp_path / "mine.toml"))

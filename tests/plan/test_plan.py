@@ -120,3 +120,30 @@ def test_fp8_dispatch_shortens_the_network_of_a_bfloat16_run():
         return make_plan(job, hardware_named("h200"), 2048, system=DSV3).chosen.time.network
 
     assert network("fp8") < 0.8 * network("precision")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('model = {}\ntokens = "x"', "tokens = 'x' is of the wrong kind"),
+        ("model = 5", "model = 5 is of the wrong kind"),
+        ("model = {}\nparallel = 3", "parallel = 3 is of the wrong kind"),
+        ('model = {}\n[parallel]\nexpert = "x"', r"\[parallel\] expert = 'x' must be of the kind int"),
+        ("model = {}\nbatch_size = 0", "batch_size 0 and seq_len 4096 must be positive"),
+    ],
+)
+def test_a_file_of_wrong_values_is_refused(tmp_path, text, told):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        job_from_file(tmp_path / "run.toml")
+
+
+def test_options_that_no_run_has_are_refused():
+    for options in ({"tokens": -5.0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            with_options(tiny.job(), **options)
+
+
+def test_too_few_rows_for_the_devices_are_told_with_how_many_it_takes():
+    with pytest.raises(ValueError, match=r"256 rows a step make .* take at least \d+ rows .*or fewer devices"):
+        make_plan(mini.job(), hardware_named("h100"), 2048)

@@ -29,3 +29,8 @@ def test_a_small_model_over_64_ranks_holds_what_the_plan_says(sharding, precisio
     layout = Layout(gpus=64, expert=8, sharding=sharding, micro_batch=1)
     found = rehearse(job, layout)["largest_difference"]
     assert all(difference < 1e-2 for difference in found.values()), found
+
+
+def test_one_device_has_nothing_to_rehearse():
+    with pytest.raises(ValueError, match="1 device spreads nothing"):
+        rehearse(mini.job(), Layout(gpus=1))
