@@ -51,6 +51,7 @@ class Delta:
     """What a step added to one answer. `text` is final: nothing of it is taken back. `error`: why it failed, if it did.
 
     Attributes:
+        finish_reason: "stop" (an end token, a stop string, a finished grammar), "length", "abort" or "error".
         scores: of each token, where asked for. routes: for each token the experts it was computed from, a tuple a MoE layer.
         drafted, accepted: MTP drafts that this step looked at, and those that stand.
         refused: the fault is the request's own (a grammar beyond its limits, a bias that leaves no token).
@@ -61,9 +62,7 @@ class Delta:
     token_ids: list[int]
     text: str
     scores: list[TokenScore]
-    finish_reason: str | None = (
-        None  # "stop": an end token, stop string or finished grammar; "length"; "abort"; "error"
-    )
+    finish_reason: str | None = None
     error: str | None = None
     routes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     drafted: int = 0
