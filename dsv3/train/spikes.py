@@ -8,7 +8,7 @@ High losses do not enter the window. After PATIENCE of them in a row (one that i
 to the newest checkpoint from before the first, less MARGIN steps, and the rows read since then are skipped:
 
     RUN/skipped.json    [{"from": row, "to": row, "step": seen at, "to_step": went back to, "why": ..., "losses": [...]}]
-    RUN/checkpoints     those from after it are set aside as spiked-step-N
+    RUN/checkpoints     those from after it are set aside as spiked-step-N, and removed when the run is KEEP steps past N
 
 All is a function of checkpoint, metrics.jsonl and skipped.json, so a run killed at any of this goes the same way when resumed.
 To undo a skip, delete its entry and the checkpoints after `to_step`, and resume. Rows are the loader's count; a range is skipped
@@ -25,6 +25,7 @@ import math
 import os
 import shutil
 import statistics
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -61,8 +62,12 @@ class SpikeConfig:
     """Steps before the first high loss that are not trusted either."""
     most: int = 3
     """Skips from one checkpoint."""
+    keep: int = 1000
+    """Steps past a checkpoint that was set aside until it is removed."""
 
     def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep {self.keep} must be at least 1 step")
         if not (1 <= self.least <= self.window and self.patience >= 1 and self.most >= 1 and self.margin >= 0):
             raise ValueError(
                 f"least {self.least} must be from 1 to window {self.window}, patience {self.patience} and most {self.most} at "
@@ -196,10 +201,12 @@ class SpikeGuard:
 
     def __init__(self, folder: Path, config: SpikeConfig | None = None) -> None:
         self.folder, self.config = Path(folder), config or SpikeConfig()
+        self._aside = _set_aside(self.folder)
         self.learn([])
 
     def recall(self, step: int) -> None:
         """Be where a guard is that saw this run up to `step`: when it is resumed."""
+        self._aside = _set_aside(self.folder)
         path = self.folder / "metrics.jsonl"
         records = read_metrics(path) if path.exists() else []
         self.learn([(r["step"], r["loss"]) for r in records if r["step"] <= step])
@@ -207,6 +214,7 @@ class SpikeGuard:
     def see(self, record: Mapping[str, Any]) -> Spike | None:
         """Take in a step's record; a spike when it has lasted."""
         step, loss = record["step"], record["loss"]
+        self._clear(step)
         self._take(step, loss)
         if len(self._high) < self.config.patience and all(math.isfinite(loss) for _, loss in self._high):
             return None
@@ -249,8 +257,22 @@ class SpikeGuard:
                     os.replace(later, aside)
             _write_skips(self.folder, [*read_skips(self.folder), found.skip])
         workers.barrier()
+        self._aside = _set_aside(self.folder)
         self.learn([(step, loss) for step, loss in self.history if step <= found.skip.to_step])
         return found
+
+    def _clear(self, step: int) -> None:
+        """Remove what was set aside long ago. Every rank tries, and the one whose rename comes first does it, beside training;
+        what a kill leaves of it has no checkpoint's name, and goes the next time."""
+        due = [path for number, path in self._aside if step >= number + self.config.keep]
+        for path in due:
+            gone = path if path.name.startswith("gone-") else path.with_name(f"gone-{path.name}")
+            try:
+                os.replace(path, gone)
+            except OSError:
+                continue
+            threading.Thread(target=shutil.rmtree, args=(gone, True), name=f"removes {gone.name}", daemon=True).start()
+        self._aside = [(number, path) for number, path in self._aside if path not in due]
 
     def learn(self, history: list[tuple[int, float]]) -> None:
         """Be where a guard is that saw these (step, loss)."""
@@ -287,6 +309,12 @@ class SpikeGuard:
             )
         skip = Skip(state["loader"]["rows"], rows, spike.step, state["step"], spike.why, spike.losses)
         return Rollback(old[-1], skip)
+
+
+def _set_aside(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints of before a skip that are still there, with their steps."""
+    found = (folder / "checkpoints").glob("*spiked-step-*")
+    return sorted((int(path.name.rpartition("-")[2]), path) for path in found if path.name[-1].isdigit())
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,8 +1,10 @@
 """A spike is undone and its rows skipped; a run killed anywhere in it ends where one never killed does; a skip can be undone."""
 
+import dataclasses
 import json
 import math
 import random
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,32 @@ def test_checkpoints_of_the_spike_are_set_aside(tmp_path):
     Toy(tmp_path, {24: 3.0}, save_every=1).run(20)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert [name for name in names if name.startswith("spiked")] == ["spiked-step-00000012", "spiked-step-00000013"]
+
+
+def test_what_was_set_aside_is_kept_for_a_while_and_then_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("spiked-step-00000012", "gone-spiked-step-00000003", "step-00000010"):
+        (folder / name).mkdir(parents=True)
+    (folder / "spiked-step-00000012" / "shard").write_text("x")
+    guard = SpikeGuard(tmp_path, SpikeConfig(keep=5))
+    guard.recall(10)
+    guard.see({"step": 16, "loss": 1.0})
+    assert (folder / "spiked-step-00000012" / "shard").exists()
+    for other in (guard, SpikeGuard(tmp_path, SpikeConfig(keep=5))):  # as another rank would
+        other.see({"step": 17, "loss": 1.0})
+    for thread in threading.enumerate():
+        if thread.name.startswith("removes "):
+            thread.join()
+    assert [path.name for path in folder.iterdir()] == ["step-00000010"]
+
+
+def test_a_run_that_goes_on_long_enough_leaves_nothing_aside(tmp_path):
+    run = Toy(tmp_path, {24: 3.0}, save_every=1)
+    run.run(20)
+    run.guard.config = dataclasses.replace(run.guard.config, keep=10)
+    assert len(run.guard._aside) == 2
+    run.guard.see({"step": 23, "loss": 2.0})
+    assert run.guard._aside == []
 
 
 def test_without_a_checkpoint_a_spike_is_let_be_and_nan_is_told(tmp_path):
