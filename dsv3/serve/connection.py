@@ -49,8 +49,10 @@ def guarded(base: Any = None, *, head_s: float, head_bytes: int, message_bytes: 
             self._timer = self.loop.call_later(head_s, self._cut)
 
         def data_received(self, data: bytes) -> None:
-            self._bytes += len(data)
+            self._bytes, before = self._bytes + len(data), self.cycle
             super().data_received(data)
+            if self.cycle is not before and not self._in_head:  # a new message, which h11 does not call out
+                self._bytes = len(data)
             if self._bytes > (head_bytes if self._in_head else message_bytes):
                 self._refuse()
             elif self.cycle is not None and not self.cycle.response_complete:

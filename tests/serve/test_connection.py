@@ -105,6 +105,13 @@ def test_a_large_body_and_a_slow_one_are_no_matter_of_the_head(port):
         assert b"hello" in sock.recv(65536)
 
 
+def test_a_connection_may_carry_any_number_of_messages(port):
+    with connect(port) as sock:
+        for _ in range(4):
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 2000000\r\n\r\n" + b"b" * 2_000_000)
+            assert b"hello" in sock.recv(65536)
+
+
 def test_one_connection_too_many_is_told_so_in_the_apis_shape(port):
     time.sleep(0.6)  # those of other tests are gone
     held = [connect(port) for _ in range(8)]
