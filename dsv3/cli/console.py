@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsv3.data.shards import Progress
+    from dsv3.data.shards import Progress, Shards
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.model.config import ModelConfig
     from dsv3.parallel.degrees import ParallelConfig
@@ -60,6 +60,14 @@ def together(degrees: ParallelConfig, model: ModelConfig, device: str) -> Iterat
         yield Mesh(degrees, model, device.partition(":")[0])
     finally:
         part()
+
+
+def open_sides(folder: Path) -> tuple[Shards, Shards | None]:
+    """What `dsv3 data` wrote: the part to train on, and what it held out, if anything."""
+    from dsv3.data.shards import open_shards
+
+    held = folder / "held_out"
+    return open_shards(folder / "train"), open_shards(held) if held.exists() else None
 
 
 def open_tokenizer(spec: str) -> Tokenizer:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dsv3.cli.console import open_tokenizer, together
+from dsv3.cli.console import open_sides, open_tokenizer, together
 
 if TYPE_CHECKING:
     from dsv3.plan.job import Job
@@ -39,16 +39,14 @@ class Launch:
 
 
 def launch(verb: Launch) -> None:
-    from dsv3.data.shards import open_shards
     from dsv3.train.pretrain import build_trainer
 
     job, tokenizer = recipe_job(verb.recipe), open_tokenizer(verb.tokenizer)
     config = dataclasses.replace(job.train, max_steps=verb.max_steps)
-    held = open_shards(verb.shards / "held_out") if (verb.shards / "held_out").exists() else None
+    train, held = open_sides(verb.shards)
     with together(job.parallel, job.model, verb.device) as mesh:
         trainer = build_trainer(
-            job.model, config, open_shards(verb.shards / "train"), tokenizer, verb.out, held_out=held, device=verb.device,
-            mesh=mesh,
+            job.model, config, train, tokenizer, verb.out, held_out=held, device=verb.device, mesh=mesh
         )  # fmt: skip
         trainer.run()
 
@@ -60,10 +58,13 @@ def recipe_job(name: str) -> Job:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit code 1: a mistake, told in one line."""
+    """Exit code 1: a mistake, told in one line; 130: interrupted."""
     verb = tyro.cli(Launch, prog="python -m dsv3.cli.launch", args=argv)
     try:
         launch(verb)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, the same command resumes", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"dsv3: {error}", file=sys.stderr)
         sys.exit(1)

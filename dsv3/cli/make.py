@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dsv3.cli.console import checkpoint_of, document_bars, open_tokenizer, print_table, together
+from dsv3.cli.console import checkpoint_of, document_bars, open_sides, open_tokenizer, print_table, together
 from dsv3.parallel.degrees import ParallelConfig
 
 if TYPE_CHECKING:
@@ -147,7 +147,6 @@ def pretrain(verb: Pretrain) -> None:
     if verb.extend is not None:
         _extend(verb)
         return
-    from dsv3.data.shards import open_shards
     from dsv3.recipes.tiny import MODEL
     from dsv3.train.optim import ScheduleConfig
     from dsv3.train.pretrain import build_trainer
@@ -163,10 +162,10 @@ def pretrain(verb: Pretrain) -> None:
     )
     shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Pretrain)}
     config = TrainConfig(schedule=schedule, **{name: getattr(verb, name) for name in shared})
-    held = open_shards(verb.shards / "held_out") if (verb.shards / "held_out").exists() else None
+    train, held = open_sides(verb.shards)
     with together(verb.parallel, model, verb.device) as mesh:
         trainer = build_trainer(
-            model, config, open_shards(verb.shards / "train"), tokenizer, verb.out, held_out=held, device=verb.device, mesh=mesh
+            model, config, train, tokenizer, verb.out, held_out=held, device=verb.device, mesh=mesh
         )  # fmt: skip
         trainer.run()
         results = {"held-out bits per byte": trainer.bits_per_byte()} if held else {}

@@ -1,12 +1,15 @@
 """`dsv3 data`: what is in memory, what is at scale by a TOML file, and mistakes told in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from dsv3.cli import main
-from dsv3.cli.data import read_config
+from dsv3.cli.data import _WHERE, Data, read_config
+from dsv3.data.machines import Machines
 from dsv3.data.shards import open_shards
 from tests.data.planted import Planted, plant
 
@@ -138,3 +141,13 @@ def test_a_failed_task_is_one_line_with_its_log(planted, tmp_path, capsys, monke
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("dsv3: ")
     assert "stage split did not finish (division by zero): see" in last
+
+
+def test_where_a_build_runs_has_the_flags_and_defaults_of_machines():
+    """The verb repeats the fields, so that its help does not import datatrove."""
+    flags = {field.name: field for field in dataclasses.fields(Data) if field.name in _WHERE}
+    machines = {field.name: field for field in dataclasses.fields(Machines)}
+    assert flags.keys() == machines.keys()
+    for name in flags.keys() - {"activate"}:  # whose default is this environment's, found when it runs
+        assert flags[name].default == machines[name].default
+        assert get_type_hints(Data)[name] == get_type_hints(Machines)[name]

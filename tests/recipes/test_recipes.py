@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from dsv3.cli.launch import Launch, recipe_job
+from dsv3.cli.launch import Launch, main, recipe_job
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.census import census
 from dsv3.plan.rehearse import rehearse
 from dsv3.plan.search import layout_of, refusal
@@ -79,3 +80,35 @@ def test_the_slurm_file_asks_for_the_recipes_devices_and_its_ranks_build():
     found = rehearse(job, layout, stages=(15,))
     assert found["world"] == 2048
     assert max(found["largest_difference"].values()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"), [(KeyboardInterrupt, 130, "interrupted"), (ValueError("x"), 1, "dsv3: x")]
+)
+def test_a_launch_that_is_stopped_or_mistaken_says_so_in_one_line(monkeypatch, capsys, raised, code, told):
+    def stop(verb):
+        raise raised
+
+    monkeypatch.setattr("dsv3.cli.launch.launch", stop)
+    with pytest.raises(SystemExit) as left:
+        main(["mini", "--shards", "s", "--tokenizer", "t", "--out", "o"])
+    assert left.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+
+
+def test_shards_that_are_not_there_are_told(tmp_path, capsys):
+    Tokenizer.train(["some text to learn from"], 320).save(tmp_path / "tok")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "mini",
+                "--shards",
+                str(tmp_path / "none"),
+                "--tokenizer",
+                str(tmp_path / "tok"),
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+    assert str(tmp_path / "none") in capsys.readouterr().err
