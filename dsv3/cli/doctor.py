@@ -49,6 +49,11 @@ def doctor(verb: Doctor) -> None:
     if verb.device not in ("auto", "cpu", "cuda") or verb.timeout_s <= 0:
         raise ValueError(f"--device is {verb.device!r} (auto, cpu, cuda), --timeout-s {verb.timeout_s} (above 0)")
     kind = verb.device if verb.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda, and torch {torch.__version__} finds none here: look whether it is built for CUDA and whether nvidia-smi "
+            "lists a device, or take --device cpu"
+        )
     asked = Examination(
         folder=verb.folder,
         needs_bytes=round(verb.needs_gb * 1e9),

@@ -49,3 +49,12 @@ def test_under_torchrun_one_rank_speaks_for_all(tmp_path):
     assert done.stdout.count("fit for a run") == 1
     assert "all-reduce" in done.stdout
     assert "ranks: 2" in done.stdout
+
+
+def test_cuda_where_there_is_none_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--folder", str(tmp_path), "--device", "cuda", *QUICK])
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "take --device cpu" in line
