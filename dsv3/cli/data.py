@@ -133,6 +133,8 @@ def read_config(path: Path) -> BuildConfig:
     from dsv3.data.corpus import Source
     from dsv3.data.pipeline import BuildConfig
 
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give a TOML file, of which `dsv3 data --help` shows an example")
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -51,7 +51,7 @@ def doctor(verb: Doctor) -> None:
     kind = verb.device if verb.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--device cuda, and torch {torch.__version__} finds none here: look whether it is built for CUDA and whether nvidia-smi "
+            f"--device cuda, and torch {torch.__version__} finds none: look whether it is built for CUDA and whether nvidia-smi "
             "lists a device, or take --device cpu"
         )
     asked = Examination(

@@ -151,3 +151,9 @@ def test_where_a_build_runs_has_the_flags_and_defaults_of_machines():
     for name in flags.keys() - {"activate"}:  # whose default is this environment's, found when it runs
         assert flags[name].default == machines[name].default
         assert get_type_hints(Data)[name] == get_type_hints(Machines)[name]
+
+
+def test_a_file_that_is_not_there_is_told_with_where_an_example_is(tmp_path, capsys):
+    line = told(capsys, "--config", tmp_path / "none.toml", "--out", tmp_path / "out")
+    assert "none.toml is no file" in line
+    assert "dsv3 data --help" in line
