@@ -95,7 +95,9 @@ class Watchdog:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             # A connection of its own: the main thread may be waiting in the other one.
             own = distributed_c10d._get_default_store().clone()  # type: ignore[missing-attribute]  # it has
-            self._store = dist.PrefixStore(f"watchdog/{self.folder.name}", own)
+            # Every rank counts its own, so that all agree which one this is: an earlier one's alarm is not this one's.
+            which = own.add(f"watchdog/{self.folder.name}/made-by-{self.rank}", 1)
+            self._store = dist.PrefixStore(f"watchdog/{self.folder.name}/{which}", own)
             self._store.set(f"who/{self.rank}", _who())
         self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []

@@ -146,13 +146,23 @@ def hang(_group: Any, folder: str) -> list[str]:
     return said
 
 
-def both(group: Any, folder: str) -> tuple[list[str], list[str]]:
-    return hang(group, f"{folder}/run"), stop(group, f"{folder}/stopped")
+def again(folder: str) -> list[str]:
+    """A second watchdog of a folder in whose first sitting a step hung; what is wrong with it."""
+    mine, said = Path(folder) / f"hang-rank{dist.get_rank()}.txt", []
+    mine.unlink(missing_ok=True)
+    with Watchdog(Path(folder), [], said.append, QUICK):
+        time.sleep(3 * QUICK.poll_s)
+    return said + [str(mine)] * mine.exists()
+
+
+def both(group: Any, folder: str) -> tuple[list[str], list[str], list[str]]:
+    return hang(group, f"{folder}/run"), stop(group, f"{folder}/stopped"), again(f"{folder}/stopped")
 
 
 @pytest.mark.dist
 def test_a_rank_that_sleeps_or_is_stopped_is_named_by_the_other(tmp_path):
-    (spoke, woken), (silent, waited) = run_ranks(both, 2, tmp_path / "ranks", str(tmp_path))
+    (spoke, woken, *old), (silent, waited, *also) = run_ranks(both, 2, tmp_path / "ranks", str(tmp_path))
+    assert old == also == [[]]  # of the first sitting's alarm the second hears nothing
     assert not any("step 5 hangs" in text for text in woken)  # it was stopped itself
     (told,) = [text for text in waited if "step 5 hangs" in text]
     assert ") gives no sign" in told.split("rank 0 (")[1]
