@@ -44,7 +44,7 @@ class Service:
         self._worker: Worker | None = None
         self._planner: Planner | None = None
         self._tokenizer: Tokenizer | None = None
-        self.heavy = asyncio.Semaphore(2)  # large bodies whose tokens are made
+        self.heavy = asyncio.Semaphore(1)  # large bodies whose tokens are made
         self._compiling = asyncio.Semaphore(2)  # grammars at once
         self._compilers = ThreadPoolExecutor(2, "dsv3-grammar")
 
