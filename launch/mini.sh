@@ -1,5 +1,5 @@
 #!/bin/bash
-# A 1.6B model on one 80 GB GPU in about a day (dsv3 plan mini --hardware h100). Texts: a folder, or NAME=WEIGHT:PATH.
+# A 1.5B model (1.6B with its MTP layer) on one 80 GB GPU in a day (dsv3 plan mini). Texts: a folder, or NAME=WEIGHT:PATH.
 #   TEXTS=my_texts/ OUT=runs/mini launch/mini.sh
 set -euo pipefail
 : "${TEXTS:?texts to learn from}" "${OUT:?a folder}"

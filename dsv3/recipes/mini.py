@@ -1,4 +1,4 @@
-"""A 1.4B model for one 80 GB GPU and one day: V3's architecture and FP8 recipe at a size that one person can pay for.
+"""A 1.5B model for one 80 GB GPU and one day: V3's architecture and FP8 recipe at a size that one person can pay for.
 
 `dsv3 plan mini --hardware h100 --gpus 1` says that it fits and how long it takes; launch/mini.sh starts it. Sizes: a tenth of the
 parameters of Moonlight, experts as fine (8 of 64 and a shared one), a vocabulary of 32,768 to train with `dsv3 tokenizer`. Its
