@@ -220,6 +220,7 @@ def table(stages: list[Stage]) -> tuple[list[str], list[list[str]]]:
 
 
 def results(stages: list[Stage]) -> dict[str, Any]:
+    """Shares of the drawn answers that are right."""
     return {f"{name}, {stage.name}": round(stage.drawn[name], 4) for stage in stages for name in stage.drawn}
 
 
