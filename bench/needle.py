@@ -1,18 +1,21 @@
 """A needle in a haystack up to 131,072 tokens: a very small model, pre-trained on rows of 1,024 tokens, extended by YaRN.
 
-    haystack    filler (Zipf) with facts `<mark> key value` in it        question   `<ask> key` -> the value
+    filler (Zipf) with facts `<mark> key value` in it, and questions `<ask> key` -> the value
+    learning    retrieval from noise, in two minutes: see `learn`
     training    1,024-token rows, then dsv3.train.extend in two phases; every fact of a row is asked once, somewhere behind it
-    measuring   one haystack of 131,072 tokens holds the facts of every cell (length by depth), `--each` a cell. A cell's prompt
-                is the haystack's first tokens and its question; the engine reads it by chunks of 512 and finds the pages of
-                shorter prompts again, so the map costs little more than one reading of the longest. Greedy, one token
+    measuring   one haystack of 131,072 tokens holds the facts of every cell (length by depth), `--each` a cell; there are several
+                haystacks. A cell's prompt is the haystack's first tokens and its question; the engine reads it by chunks of 512
+                and finds the pages of shorter prompts again, so a map costs little more than one reading of the longest. Greedy
     arms        short: as pre-trained, plain RoPE; switched: the same weights under YaRN, untrained; extended: both phases;
-                plain: both phases of the same rows, but RoPE left as it is. Each is measured in a process of its own
+                plain: both phases of the same rows, but RoPE left as it is. Each is measured in a process of its own, the
+                extended one on all haystacks, the others on the first
 
-The model does not start from noise. Retrieval needs two attention heads that work together (look at the token before; find where
-it was the same), and gradient descent takes hours of this CPU to find them; so the first weights hold a blunt pair of them
-(`begin`), which the training sharpens and the extension stretches. What is measured is reach, not how retrieval is learned.
+Retrieval needs two attention heads that work together: one looks at the token before, the other finds where that was the token
+at hand. From noise no loss on answers leads there within hours of this CPU: each head is worth nothing without the other. So
+the first is asked for on its own, "say the token before", until it is there, and goes on being asked for in every step while rows
+of facts grow from 4 facts to 63. The second head then appears within some hundred steps.
 
-    python -m bench.needle [--work runs/needle] [--part train extend plain measure plot]      resumes; writes docs/evidence/needle.*
+    python -m bench.needle [--work runs/needle] [--part learn train extend plain measure plot]    resumes; docs/evidence/needle.*
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import time
@@ -30,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bench.common import machine, peak_memory_mib, write_csv
 from dsv3.data.loader import Batch, LoaderConfig
@@ -37,7 +42,6 @@ from dsv3.evals.needle import draw_heat_map
 from dsv3.infer.engine import Engine
 from dsv3.infer.sampling import SamplingParams
 from dsv3.model.config import ModelConfig
-from dsv3.model.rope import frequencies
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model
 from dsv3.parallel.apply import refresh_copy
@@ -56,8 +60,9 @@ DEPTHS = tuple(i / 10 for i in range(11))
 MODEL = ModelConfig(
     vocab_size=VOCAB, hidden_size=128, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
     num_nextn_predict_layers=0, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=48, qk_nope_head_dim=32,
-    qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
+    qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
     first_k_dense_replace=1, max_position_embeddings=SHORT, rope_scaling=None, bos_token_id=None, eos_token_id=None,
+    initializer_range=0.09,
 )  # fmt: skip
 EXTEND = ExtendConfig(
     lengths=(8192, 32768), steps=30, step_tokens=32768, lr=1e-3, factor=LONGEST / SHORT, original=SHORT, save_every=5
@@ -129,54 +134,94 @@ class Rows:
         self.rows = state["rows"]
 
 
-@torch.no_grad()
-def begin(seed: int = 0, sharpness: float = 2.0) -> DeepseekV3:
-    """Small noise and two heads: the first layer's copies the token before into dimensions of its own, the second layer's
-    asks for places where that copy is the present token, and says what stands there. Residual: a constant at 0, the
-    token's embedding at 1-63, the copy at 64-95, the answer at 96-119."""
-    config, generator = MODEL, torch.Generator().manual_seed(seed)
-    model = DeepseekV3(dataclasses.replace(config, initializer_range=0.02))
-    model.init_weights(generator)
-    embed, head = model.model.embed_tokens.weight, model.lm_head.weight
-    embed.zero_()
-    embed[:, 1:64].normal_(generator=generator)
-    embed[:, 0] = 4.0
-    nope, rope, rank, value = (
-        config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
-    )  # fmt: skip
-    look, say = _orthogonal(32, 63, generator), _orthogonal(24, 63, generator)
-    seen = _orthogonal(24, 32, generator)
-    head[:, 96:120] = 0.1 * embed[:, 1:64] @ say.T
-    first, second = (layer.self_attn for layer in model.model.main_layers)
-    angle = frequencies(config).float()
-    # The rotation at distance 1 is undone by the query: scores are highest there.
-    first.kv_a_proj_with_mqa.weight[rank::2, 0] = 1.5
-    first.q_proj.weight[nope : nope + rope : 2, 0] = 1.5 * angle.cos()
-    first.q_proj.weight[nope + 1 : nope + rope : 2, 0] = -1.5 * angle.sin()
-    first.kv_a_proj_with_mqa.weight[:32, 1:64] = look
-    first.kv_b_proj.weight[nope : nope + value, :32] = torch.eye(32)
-    first.o_proj.weight[64:96, :value] = torch.eye(32)
-    second.kv_a_proj_with_mqa.weight[:24, 64:96] = seen
-    second.kv_a_proj_with_mqa.weight[24:rank, 1:64] = say
-    second.q_proj.weight[:24, 1:64] = sharpness * seen @ look
-    second.kv_b_proj.weight[:24, :24] = torch.eye(24)
-    second.kv_b_proj.weight[nope : nope + 24, 24:rank] = torch.eye(24)
-    second.o_proj.weight[96:120, :24] = torch.eye(24)
-    return model
+def learn(work: Path, seed: int) -> Path:
+    """Retrieval from noise, float32 -> the weights' file. Three lessons, each gone on with in the next: the token before; values
+    behind keys, in rows of 4 to 63 facts; and the very rows of training, 256 and then 1,024 tokens long."""
+    model, rng = DeepseekV3(MODEL), np.random.default_rng([11, seed])
+    model.init_weights(torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    lessons = [lambda: _say_before(model, rng, 64)]
+    lessons += [functools.partial(_say_value, model, rng, facts) for facts in (4, 6, 9, 13, 19, 28, 42, 63)]
+    lessons += [
+        functools.partial(_say_all, model, Rows(LoaderConfig(seq_len=n, seed=100 + seed))) for n in (256, SHORT)
+    ]
+    number, lately, steps = 0, list[float](), 0
+    while number < len(lessons):
+        loss, right = lessons[number]()
+        if number:
+            loss = loss + _say_before(model, rng, 24)[0]
+        steps += 1
+        optimizer.param_groups[0]["lr"] = (2e-3 if number <= 8 else 1e-3) * min(1.0, steps / 30)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lately = [*lately[-39:], right]
+        if len(lately) == 40 and sum(lately) / 40 > 0.93:
+            print(f"step {steps}: lesson {number}, {sum(lately) / 40:.2f} right", flush=True)
+            number, lately = number + 1, []
+        if steps % 200 == 0:
+            print(f"step {steps}: lesson {number}, loss {float(loss.detach()):.3f}, right {right:.2f}", flush=True)
+        if steps == 4000:
+            raise SystemExit(f"seed {seed} is at lesson {number} after {steps} steps: try another")
+    path = work / "learned.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return path
 
 
-def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T
+def _say_before(model: DeepseekV3, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, float]:
+    """Loss and accuracy of naming the token before, at every place of rows of 32 random tokens."""
+    tokens = torch.from_numpy(rng.integers(VOCAB, size=(rows, 32)))
+    logits = model.lm_head(model.hidden(tokens).main[:, 1:])
+    return _scored(logits, tokens[:, :-1])
+
+
+def _say_value(model: DeepseekV3, rng: np.random.Generator, facts: int) -> tuple[torch.Tensor, float]:
+    """The same of values behind keys that were there before, in rows of `key value` pairs, each fact about three times."""
+    slots = 3 * facts
+    rows = max(1, 1536 // (2 * slots))
+    drawn = rng.integers(facts, size=(rows, slots))
+    keys = np.stack([rng.permutation(KEYS)[:facts] for _ in range(rows)])
+    values = rng.integers(VALUES, size=(rows, facts))
+    pairs = [FIRST_KEY + np.take_along_axis(keys, drawn, 1), FIRST_VALUE + np.take_along_axis(values, drawn, 1)]
+    tokens = torch.from_numpy(np.stack(pairs, axis=2).reshape(rows, 2 * slots))
+    known = torch.from_numpy((drawn[:, :, None] == drawn[:, None, :]).argmax(2) < np.arange(slots))
+    states = model.hidden(tokens).main[:, ::2]
+    return _scored(model.lm_head(states[known]), tokens[:, 1::2][known])
+
+
+def _say_all(model: DeepseekV3, rows: Rows) -> tuple[torch.Tensor, float]:
+    """The loss of every token of training's rows, and once more that of the answers; accuracy of the answers."""
+    batch = rows.next_batch(2048 // rows.config.seq_len)
+    asked = _asked(batch.tokens)
+    logits = model.lm_head(model.hidden(batch.tokens).main)
+    answers, right = _scored(logits[asked], batch.targets[asked])
+    return _scored(logits, batch.targets)[0] + answers, right
+
+
+def _asked(tokens: torch.Tensor) -> torch.Tensor:
+    """Where a question's key stands."""
+    asked = (tokens == ASK).roll(1, 1)
+    asked[:, 0] = False
+    return asked
+
+
+def _scored(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return loss, float((logits.argmax(-1) == targets).float().mean())
 
 
 def train(work: Path, steps: int) -> Path:
     """Pre-training on rows of SHORT tokens -> its checkpoint."""
     schedule = ScheduleConfig(
-        steps=steps, peak_lr=3e-3, warmup_steps=10, constant_until=0.6, cosine_until=0.95, second_constant_from=0.98,
+        steps=steps, peak_lr=1e-3, warmup_steps=10, constant_until=0.6, cosine_until=0.95, second_constant_from=0.98,
         batch_size=8, gamma=1e-3,
     )  # fmt: skip
     config = TrainConfig(schedule=schedule, seq_len=SHORT, micro_batch=4, save_every=20)
-    Trainer(begin(), Rows(LoaderConfig(seq_len=SHORT)), config, work / "short").run()
+    model = DeepseekV3(MODEL)
+    model.load_state_dict(torch.load(work / "learned.pt", weights_only=True))
+    Trainer(model, Rows(LoaderConfig(seq_len=SHORT)), config, work / "short").run()
     checkpoint = latest_checkpoint(work / "short")
     assert checkpoint is not None
     return checkpoint
@@ -200,8 +245,7 @@ def extend_plainly(work: Path) -> None:
 def recall(model: DeepseekV3, length: int, rows: int = 2) -> float:
     """Share of the questions in new rows whose answer is the likeliest token."""
     batch = Rows(LoaderConfig(seq_len=length, seed=999)).next_batch(rows)
-    asked = (batch.tokens == ASK).roll(1, 1)
-    asked[:, 0] = False
+    asked = _asked(batch.tokens)
     states = torch.cat([model.hidden(row.unsqueeze(0)).main[0, where] for row, where in zip(batch.tokens, asked)])
     return float((model.lm_head(states).argmax(-1) == batch.targets[asked]).float().mean())
 
@@ -224,8 +268,8 @@ def haystack(each: int, lengths: tuple[int, ...], seed: int) -> tuple[np.ndarray
     return text, cells
 
 
-def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
-    """A row for each cell, and the process's peak memory when its length was done."""
+def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], seed: int) -> list[dict[str, Any]]:
+    """A row for each cell of a haystack, and the process's peak memory when its length was done."""
     text, cells = haystack(each, lengths, seed)
     engine = Engine(model, Codes(), cache_gb=0.1, max_running=4, step_tokens=512)
     rows, empty = [], peak_memory_mib()
@@ -239,12 +283,15 @@ def measure(model: DeepseekV3, arm: str, each: int, lengths: tuple[int, ...], se
                 samples.append({"grades": {"found": answer.token_ids == [int(text[place + 2])]}})
                 gc.collect()  # request and sequence hold each other: 44 long prompts would wait here for the collector
             about = {"length": length, "depth": depth}
-            rows.append({"arm": arm, "about": about, "samples": samples})
+            rows.append({"arm": arm, "haystack": seed, "about": about, "samples": samples})
         seconds, peak = time.perf_counter() - started, peak_memory_mib()
         for row in rows[-len(DEPTHS) :]:
             row |= {"seconds": seconds, "peak_mib": peak, "empty_mib": empty}
         found = [s["grades"]["found"] for row in rows[-len(DEPTHS) :] for s in row["samples"]]
-        print(f"{arm} {length}: {sum(found)} of {len(found)}, {seconds:.0f} s, peak {peak:.0f} MiB", flush=True)
+        print(
+            f"{arm}, haystack {seed}, {length}: {sum(found)} of {len(found)}, {seconds:.0f} s, peak {peak:.0f} MiB",
+            flush=True,
+        )
     return rows
 
 
@@ -266,20 +313,20 @@ def arm_model(work: Path, arm: str) -> DeepseekV3:
     return other.eval()
 
 
-def measure_arm(work: Path, arm: str, each: int, longest: int, threads: int) -> None:
+def measure_arm(work: Path, arm: str, each: int, longest: int, threads: int, haystack_: int) -> None:
     """In a new process: its peak memory is this arm's own."""
     torch.set_num_threads(threads)
     lengths = tuple(n for n in LENGTHS if n <= longest)
-    rows = measure(arm_model(work, arm), arm, each, lengths)
-    write_atomic(work / f"arm-{arm}.json", json.dumps(rows, indent=1).encode())
+    rows = measure(arm_model(work, arm), arm, each, lengths, haystack_)
+    write_atomic(work / f"arm-{arm}-{haystack_}.json", json.dumps(rows, indent=1).encode())
 
 
 def plot(work: Path) -> None:
     """docs/evidence/needle.csv, and the map of each arm as needle.png (extended) and needle-ARM.png."""
     results = [row for path in sorted(work.glob("arm-*.json")) for row in json.loads(path.read_text())]
-    header = ["arm", "length", "depth", "found", "asked", "seconds_of_length", "peak_mib", "empty_mib"]
+    header = ["arm", "haystack", "length", "depth", "found", "asked", "seconds_of_length", "peak_mib", "empty_mib"]
     write_csv(DOCS / "needle.csv", header, (
-        [r["arm"], r["about"]["length"], r["about"]["depth"], sum(s["grades"]["found"] for s in r["samples"]),
+        [r["arm"], r["haystack"], r["about"]["length"], r["about"]["depth"], sum(s["grades"]["found"] for s in r["samples"]),
          len(r["samples"]), f"{r['seconds']:.1f}", f"{r['peak_mib']:.0f}", f"{r['empty_mib']:.0f}"] for r in results
     ))  # fmt: skip
     titles = {
@@ -299,17 +346,20 @@ def plot(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--part", nargs="*", default=["train", "extend", "plain", "measure", "plot"])
+    parser.add_argument("--part", nargs="*", default=["learn", "train", "extend", "plain", "measure", "plot"])
     parser.add_argument("--steps", type=int, default=120, help="of pre-training")
     parser.add_argument("--each", type=int, default=4, help="questions a cell")
     parser.add_argument("--arms", nargs="*", default=["extended", "plain", "short", "switched"])
     parser.add_argument("--longest", type=int, default=LONGEST)
+    parser.add_argument("--haystacks", type=int, default=3, help="for the extended arm; the others are shown the first")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights that learning starts from")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(json.dumps(machine()), flush=True)
+    if "learn" in options.part and not (options.work / "learned.pt").exists():
+        learn(options.work, options.seed)
     if "train" in options.part:
-        print(f"begins with recall {recall(begin(), SHORT):.3f} at {SHORT}", flush=True)
         checkpoint = train(options.work, options.steps)
         print(f"pre-trained: recall {recall(load_model(checkpoint), SHORT):.3f} at {SHORT}", flush=True)
     if "extend" in options.part:
@@ -323,9 +373,10 @@ def main() -> None:
     if "plain" in options.part:
         extend_plainly(options.work)
     if "measure" in options.part:
-        for arm in options.arms:
-            if not (options.work / f"arm-{arm}.json").exists():
-                given = (options.work, arm, options.each, options.longest, options.threads)
+        for arm, number in itertools.product(options.arms, range(options.haystacks)):
+            wanted = arm == "extended" or number == 0
+            if wanted and not (options.work / f"arm-{arm}-{number}.json").exists():
+                given = (options.work, arm, options.each, options.longest, options.threads, number)
                 process = multiprocessing.get_context("spawn").Process(target=measure_arm, args=given)
                 process.start()
                 process.join()

@@ -61,7 +61,7 @@ CASES = (
     Case("deeper and wider, with MTP", DEEP, 4, 512, 4, "bfloat16"),
     Case("dense, large vocabulary", DENSE, 4, 512, 4, "bfloat16"),
     Case("V3's proportions, long rows", LARGE, 1, 1536, 1, "bfloat16"),
-    Case("tiny, float32", TINY, 16, 256, 16, "float32"),
+    Case("tiny, float32", TINY, 16, 256, 16, "float32", fit=True),
     Case("deeper and wider, FP8", DEEP, 4, 512, 4, "fp8"),
 )
 

@@ -152,14 +152,17 @@ def _hide(tokenizer: Codec, hay: Sequence[int], length: int, depth: float, city:
 def heat(
     rows: Sequence[Mapping[str, Any]], convention: str = "found"
 ) -> tuple[list[int], list[float], list[list[float]]]:
-    """Lengths, depths and scores[depth][length] of a needle log's rows; NaN where there is none."""
+    """Lengths, depths and scores[depth][length] of a needle log's rows, the mean where a field has several; NaN where there is
+    none. A row without samples failed: 0."""
     lengths = sorted({row["about"]["length"] for row in rows})
     depths = sorted({row["about"]["depth"] for row in rows})
     scores = [[float("nan")] * len(lengths) for _ in depths]
+    fields: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        samples = [float(s["grades"][convention]) for s in row.get("samples", ())]
-        value = sum(samples) / len(samples) if samples else 0.0
-        scores[depths.index(row["about"]["depth"])][lengths.index(row["about"]["length"])] = value
+        field = depths.index(row["about"]["depth"]), lengths.index(row["about"]["length"])
+        fields.setdefault(field, []).extend([float(s["grades"][convention]) for s in row.get("samples", ())] or [0.0])
+    for (depth, length), values in fields.items():
+        scores[depth][length] = sum(values) / len(values)
     return lengths, depths, scores
 
 

@@ -144,12 +144,12 @@ def known_hardware() -> dict[str, Hardware]:
 
 
 def _cpu() -> Hardware:
-    """Fitted by `python -m bench.plan --fit` to eight cases on a busy machine; seven others came within 15% (docs/RESULTS.md)."""
+    """Fitted by `python -m bench.plan --fit` to nine cases on a quiet machine; six others came within 10% (docs/RESULTS.md)."""
     return Hardware(
         name="cpu", memory=16 * GB,
-        products={"fp8": 181e9, "bfloat16": 225e9, "float32": 60e9},
-        half={"fp8": 350.0, "bfloat16": 37.0, "float32": 29.0},
-        attention=(157e9, 157e9), decode_attention=157e9, bandwidth=8.8 * GB, inside=1 * GB, between=1 * GB, node=64,
+        products={"fp8": 203e9, "bfloat16": 226e9, "float32": 61e9},
+        half={"fp8": 341.0, "bfloat16": 37.0, "float32": 0.0},
+        attention=(148e9, 148e9), decode_attention=148e9, bandwidth=9.1 * GB, inside=1 * GB, between=1 * GB, node=64,
         usable=0.9, peak={"fp8": 225e9, "bfloat16": 225e9, "float32": 75e9}, price=0.05,
         sources="bench/plan.py on one core of an AMD EPYC with AVX-512 BF16",
     )  # fmt: skip

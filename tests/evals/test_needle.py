@@ -80,6 +80,8 @@ def test_a_heat_map_shows_lengths_by_depths(tokenizer, tmp_path):
     assert told["groups"] == {"200": {"mean": 1.0, "items": 3}, "400": {"mean": pytest.approx(1 / 3), "items": 3}}
     rows = read_log(tmp_path / "needle.jsonl")[1]
     assert heat(rows) == ([200, 400], [0, 0.5, 1], [[1, 0], [1, 0], [1, 1]])
+    missed = [{**row, "samples": [{"grades": {"found": False}}] * len(row["samples"])} for row in rows]
+    assert heat([*rows, *missed])[2] == [[0.5, 0], [0.5, 0], [0.5, 0.5]]
     path = draw_heat_map(rows, tmp_path / "map.svg")
     assert "100%" in path.read_text() or path.stat().st_size > 5000
     assert draw_heat_map(rows, tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
