@@ -248,7 +248,7 @@ def test_no_other_v_has_a_less_loaded_rank_and_then_a_faster_slowest_stage(
 
 
 def test_the_published_model_in_a_v_on_sixteen_ranks_loads_the_first_rank_with_a_layer_and_the_end_alone() -> None:
-    """The end, MTP and two heads, is as much as four layers, and the first stage has one: 1.21 of the mean is the least there is."""
+    """The end, MTP and two heads, is as much as four layers, and the first stage has one: no deal is below 1.21 of the mean."""
     layers, embedding, tail = _costs(ModelConfig())
     loads = [0.0] * 16
     for part in split(ModelConfig(), 16, "dualpipev"):
