@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -95,6 +95,17 @@ class HealthMonitor:
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
 
+    def join(self, everyone: Sequence[Health]) -> None:
+        """Of all processes' looks, one look: every stage's modules, and of each value the process where the cast lost most."""
+        joined: Health = {}
+        for health in everyone:
+            for name, parts in health.items():
+                mine = joined.setdefault(name, {})
+                for part, found in parts.items():
+                    if part not in mine or _worse(found) > _worse(mine[part]):
+                        mine[part] = found
+        self.health = joined
+
     def alarms(self) -> list[str]:
         """Up to MOST sentences about the last watched step, the most telling first; and remember its sizes."""
         said = []
@@ -116,6 +127,10 @@ def _weights(module: nn.Module) -> list[tuple[str, Tensor, Fp8]]:
     named = list(module.named_parameters(recurse=False))
     names = ["w"] if len(named) == 1 else [f"w_{name.removesuffix('_proj')}" for name, _ in named]
     return [(name, parameter, cast) for name, (_, parameter), cast in zip(names, named, module.casts())]
+
+
+def _worse(found: dict[str, float]) -> tuple[bool, float, float]:
+    return not math.isfinite(found["amax"]), found["error"], found["amax"]
 
 
 def _cause(found: dict[str, float], seen: deque[float]) -> str | None:

@@ -197,6 +197,8 @@ class Trainer:
         logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
         with self.monitor.watching() if self.monitor and logs else nullcontext():
             losses, counts, extras = self._accumulate(batch, schedule.mtp_lambda(index))
+        if self.monitor and logs:
+            self.monitor.join(self.workers.everyone(self.monitor.health))
         self.workers.collect()
         norm = self.workers.clip(self.config.clip)
         if not bool(norm.isfinite()):

@@ -54,6 +54,7 @@ def take_steps(_group: Any, degrees: dict[str, Any] | None, folder: str, changes
     return {
         "loss": [(r["loss"], *r["mtp_loss"], r["balance_loss"], r["grad_norm"]) for r in records],
         "counts": records[0]["expert_counts"],
+        "fp8": sorted(records[0].get("fp8", {})),
         "gradients": gradients,
         "weights": whole(run, dict(named(run))),
         "biases": biases,
@@ -114,6 +115,14 @@ def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
         losses = torch.tensor(result["loss"])
         torch.testing.assert_close(losses[0, :3], one[0, :3], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(losses, one, rtol=5e-2, atol=1e-3)
+
+
+def test_the_first_rank_tells_the_fp8_health_of_every_stage(tmp_path):
+    changes = {"precision": "fp8"}
+    one = take_steps(None, None, str(tmp_path / "one"), changes)
+    results = run_ranks(take_steps, 2, tmp_path / "ranks", {"pipeline": 2}, str(tmp_path / "run"), changes)
+    assert results[0]["fp8"] == one["fp8"]
+    assert len(one["fp8"]) > 20
 
 
 class Rounded(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Counters on values whose loss is known; an alarm that names the sick module while the loss is still well."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,14 @@ def test_metrics_hold_every_module(tmp_path):
     assert set(health["model.layers.1.mlp.experts"]) == {"x", "w_gate_up", "w_down", "dy"}
     assert set(health["model.layers.3.self_attn.kv_b_proj"]) == {"x", "w", "dy"}
     assert all(0.02 < parts["x"]["error"] < 0.04 for parts in health.values())
+
+
+def test_looks_of_several_processes_are_one():
+    monitor = HealthMonitor()
+    fine = {"amax": 1.0, "error": 0.02, "saturated": 0.0, "flushed": 0.0}
+    first = {"layers.0": {"x": fine, "dy": {**fine, "error": 0.5}}, "layers.1": {"x": fine}}
+    other = {"layers.0": {"x": {**fine, "amax": math.inf}, "dy": fine}, "layers.2": {"x": fine}}
+    monitor.join([first, other])
+    assert monitor.health.keys() == {"layers.0", "layers.1", "layers.2"}
+    assert monitor.health["layers.0"] == {"x": {**fine, "amax": math.inf}, "dy": {**fine, "error": 0.5}}
+    assert [line.split(" of ")[0] for line in monitor.alarms()] == ["FP8: x", "FP8: dy"]
