@@ -204,8 +204,8 @@ def hold(_group: Any, degrees: dict[str, Any], folder: str) -> list[tuple[int, i
 
 def test_a_stage_under_fsdp_keeps_nothing_whole_between_micro_batches(tmp_path):
     degrees = {"pipeline": 2, "sharding": "fsdp"}
-    for seen in run_ranks(hold, 2, tmp_path / "ranks", degrees, str(tmp_path / "run")):
-        assert seen == [(0, 0)] * 4
+    for seen in run_ranks(hold, 4, tmp_path / "ranks", degrees, str(tmp_path / "run")):
+        assert seen == [(0, 0)] * 2
 
 
 def break_down(_group: Any, degrees: dict[str, Any], folder: str) -> str:

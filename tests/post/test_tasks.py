@@ -19,15 +19,16 @@ def test_no_prompt_is_on_both_sides_however_few_there_are():
     task = Arithmetic(digits=1)
     train, held = Split(task, "train", seed=1), Split(task, "held-out", seed=2)
     trained = {train.problem(i).prompt for i in range(500)}
-    asked = [p.prompt for p in held.problems(1000)]
+    problems = list(held.problems(60))
+    asked = [p.prompt for p in problems]
     assert len(set(asked)) == len(asked) > 5
     assert not trained & set(asked)
-    assert all(held_out(problem) for problem in held.problems(1000))
+    assert all(held_out(problem) for problem in problems)
 
 
 def test_a_sum_is_on_one_side_in_whatever_words_it_is_asked():
     chain = ReasoningGym("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-    sides = [{p.subject for p in Split({Arithmetic(digits=1): 1, chain: 1}, s).problems(300)} for s in SPLITS]
+    sides = [{p.subject for p in Split({Arithmetic(digits=1): 1, chain: 1}, s).problems(150)} for s in SPLITS]
     assert not sides[0] & sides[1]
     assert min(map(len, sides)) > 10
     seven = [Problem(id="", prompt=prompt, answer="7", subject="3+4") for prompt in ("3 + 4 =", "What is 3 + 4?")]
