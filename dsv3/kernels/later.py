@@ -28,9 +28,14 @@ _noted: ContextVar[Later | None] = ContextVar("later", default=None)
 
 
 class Later:
-    """Promised gradients, in the order of the backward pass."""
+    """Promised gradients, in the order of the backward pass.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: that they are added up in, whatever the weights' (report section 3.3.3); None: as the weights say.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
         self._promises: list[tuple[list[Tensor | None], Callable[[], Sequence[Tensor]]]] = []
 
     @contextlib.contextmanager
@@ -54,7 +59,7 @@ class Later:
                 weights, make = promises.pop(0)  # and with it goes the memory
                 for weight, grad in zip(weights, make(), strict=True):
                     if weight is not None:
-                        _accumulate(weight, grad)
+                        _accumulate(weight, grad, self._dtype)
 
         return run
 
@@ -101,12 +106,16 @@ class _LateLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        (dw,) = weight_gradients(ctx, [1], lambda: [dy.flatten(0, -2).t() @ x.flatten(0, -2)])
+        rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        (dw,) = weight_gradients(ctx, [1], lambda: [rows[0].t() @ rows[1]])
         return dx, dw
 
 
-def _accumulate(weight: Tensor, grad: Tensor) -> None:
-    """As autograd does: in the dtype that the weight's gradients are kept in."""
+def _accumulate(weight: Tensor, grad: Tensor, dtype: torch.dtype | None) -> None:
+    """As autograd does: in the dtype that the weight's gradients are kept in. FSDP's gathered weights learn it here, for they
+    are made at their first use."""
+    if dtype is not None and getattr(weight, "grad_dtype", dtype) != dtype:
+        weight.grad_dtype = dtype
     if weight.grad is None:
         weight.grad = grad.to(getattr(weight, "grad_dtype", None) or weight.dtype)
     else:

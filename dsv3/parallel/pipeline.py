@@ -91,7 +91,7 @@ class Pipeline:
             raise ValueError(
                 f"compiled layers have one backward pass, and {schedule!r} takes it in two halves: drop compile, or use '1f1b'"
             )
-        self.later = [Later() if halves else None for _ in stages]
+        self.later = [Later(torch.float32) if halves else None for _ in stages]
         for stage in stages if halves else []:
             for module in stage.model.layers.modules():
                 if type(module) is nn.Linear:
@@ -125,6 +125,8 @@ class Pipeline:
         finally:
             for stage in self.stages:
                 stage.run = None
+                if stage.later is not None:
+                    stage.later.take()  # what a step that failed has left
         sync_shared_gradients(self.stages, self.group)
         dist.all_reduce(run.counts, group=self.group)
         return self._tell(run, micro_batches), run.counts

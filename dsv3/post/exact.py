@@ -28,6 +28,8 @@ from dsv3.infer.pages import PageStore
 from dsv3.kernels.decode import PAGE, Decoder, Segment
 from dsv3.model.transformer import DeepseekV3
 
+_ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}  # some units in the last place of a stream
+
 
 @dataclass
 class Reading:
@@ -37,8 +39,11 @@ class Reading:
     states: Tensor  # (B, T, D) float32
     experts: Tensor  # (B, T, L_moe, K) int64
     logits: Callable[[Tensor], Tensor]  # states (n, D) -> (n, V) float32
+    rounding: float
+    """Of a stream's length: what rounding alone may make of it in a layer."""
     gap: float = 0.0
-    """The largest distance of a layer's output in torch from the engine's, given equal inputs, as a share of the row's length."""
+    """The largest distance of torch's output from the engine's, given equal inputs and beyond rounding, as a share of what the
+    layer adds to the stream; and of what the norm and the head make."""
 
     @contextlib.contextmanager
     def told(self, model: DeepseekV3) -> Iterator[None]:
@@ -58,12 +63,25 @@ class Reading:
 
     def _forward(self, forward: Callable, value: Tensor, *inputs: object):
         made = forward(*inputs)
-        x = made[0] if isinstance(made, tuple) else made
+        if not isinstance(made, tuple):
+            return self._take(made, value, value)
+        (before, *_), (x, *rest) = inputs, made
+        assert isinstance(before, Tensor)
+        return (self._take(x, value, value - before.detach().float()), *rest)
+
+    def head(self, product: Tensor, states: Tensor) -> Tensor:
+        """Logits (n, V') of states (n, D): torch's product for the gradient, the engine's value."""
+        value = self.logits(states.detach().float())[:, : product.shape[1]]
+        return self._take(product, value, value)
+
+    def _take(self, x: Tensor, value: Tensor, made: Tensor) -> Tensor:
+        """The engine's value in the place of x; how far they are apart is remembered, no number above all."""
         with torch.no_grad():
-            far = (x.float() - value).norm(dim=-1) / value.norm(dim=-1).clamp(min=1e-30)
-            self.gap = max(self.gap, float(far.max()))
-        exact = with_value(x, value)
-        return (exact, *made[1:]) if isinstance(made, tuple) else exact
+            far = (x.float() - value).norm(dim=-1) - self.rounding * value.norm(dim=-1)
+            gap = float((far / made.norm(dim=-1).clamp(min=1e-30)).max())
+        if not gap <= self.gap and self.gap == self.gap:
+            self.gap = gap
+        return with_value(x, value)
 
 
 class EnginePass:
@@ -97,6 +115,7 @@ class EnginePass:
             states.unflatten(0, (rows, length)),
             experts.unflatten(1, (rows, length)).permute(1, 2, 0, 3),
             decoder.logits,
+            _ROUNDING[self._model.lm_head.weight.dtype],
         )
 
     def _open(self, pages: int) -> Decoder:

@@ -21,7 +21,7 @@ Does not: sample, reward or loop.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv3.kernels.moe import sequence_balance_loss
 from dsv3.model.transformer import DeepseekV3
 from dsv3.post.batch import RolloutBatch, cut
-from dsv3.post.exact import EnginePass, with_value
+from dsv3.post.exact import EnginePass, Reading
 from dsv3.post.replay import Gate, RouterTap, Tapped
 from dsv3.train.loss import Step, join_losses
 
@@ -83,31 +83,29 @@ def surrogate(log_policy: Tensor, log_old: Tensor, advantage: Tensor, clip: floa
 
 
 def token_logprobs(
-    states: Tensor, head: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor] | None = None
+    states: Tensor, head: Tensor, targets: Tensor, reading: Reading | None = None
 ) -> tuple[Tensor, Tensor]:
     """states (n, D), head (V, D), targets (n,) -> log-probabilities (n,) and entropies (n,), float32, nats.
 
     Args:
-        logits: of states (n, D), whose first V values take the place of the product's (post/exact.py).
+        reading: whose logits take the place of the product's (post/exact.py).
 
     The product is made in float32 whatever the model's dtype: a bfloat16 logit of 20 is off by up to 0.06, far more than
     the rollout's. Logits exist a block at a time, in the backward pass again. Entropies carry no gradient.
     """
     block = max(1, _BLOCK_VALUES // head.shape[0])
     parts = [
-        checkpoint(_block_logprobs, states[i : i + block], head, targets[i : i + block], logits, use_reentrant=False)
+        checkpoint(_block_logprobs, states[i : i + block], head, targets[i : i + block], reading, use_reentrant=False)
         for i in range(0, max(1, len(targets)), block)
     ]
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _block_logprobs(
-    states: Tensor, head: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _block_logprobs(states: Tensor, head: Tensor, targets: Tensor, reading: Reading | None) -> tuple[Tensor, Tensor]:
     product = states.float() @ head.float().t()
-    if logits is not None:
-        product = with_value(product, logits(states.detach().float())[:, : head.shape[0]])
+    if reading is not None:
+        product = reading.head(product, states)
     logprobs = product.log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
@@ -170,7 +168,7 @@ class GrpoObjective:
             tap.stop()
             states, targets = hidden.main[part.answer], part.targets[:, : part.answer.shape[1]][part.answer]
             head = model.lm_head.weight[: self.vocabulary]
-            logprobs, entropies = token_logprobs(states, head, targets, None if reading is None else reading.logits)
+            logprobs, entropies = token_logprobs(states, head, targets, reading)
             if part.fresh:
                 gap = None if reading is None else reading.gap
                 self.gate.compare(part, tap.seen, logprobs.detach(), free, replayed=self.replay, layer_gap=gap)

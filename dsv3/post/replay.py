@@ -32,9 +32,8 @@ from dsv3.post.batch import RolloutBatch
 ACTIONS = ("error", "warn", "off")
 _TIE = 1e-5  # of a score in (0, 1): some ten times what the order of float32 sums moves it
 _FEW, _FAR = 20, 30  # one token in so many may be beyond the limit, by so many times
-_LAYER = (
-    1e-4  # of a row's length: what torch's layer may be from the engine's, given equal inputs in float32; 1e-6 is usual
-)
+# What torch's layer may be from the engine's, given equal inputs, as a share of what it adds: usual are 1e-5 and a few hundredths.
+_LAYER = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 class GateError(ValueError):
@@ -265,10 +264,13 @@ class Gate:
             self.warnings.append(said)
 
     def _far_layers(self, found: Differences) -> list[str]:
-        """Whether torch's own layers and routers, which the gradient is of, are the engine's: in float32, where that is decided."""
-        faults = []
-        if self.precision == "float32" and found.layer_gap is not None and not found.layer_gap <= _LAYER:
-            faults.append(f"from equal inputs a layer came out {found.layer_gap:.2e} of a row's length apart")
+        """Whether torch's own layers and routers, which the gradient is of, are the engine's. Routers are judged in float32, where
+        it is not rounding that decides."""
+        faults, limit = [], _LAYER.get(self.precision, 0.0)
+        if found.layer_gap is not None and not found.layer_gap <= limit:
+            faults.append(
+                f"from equal inputs a layer came out {found.layer_gap:.2e} of what it adds apart, the limit is {limit}"
+            )
         if self.precision == "float32" and found.others is not None and bool(found.others.any()):
             faults.append(f"from equal inputs routers chose otherwise at {int(found.others.sum())} places")
         return faults
@@ -279,7 +281,7 @@ class Gate:
         route_mismatch: share of (token, layer); route_mismatch_tokens: of tokens, with any layer; near_ties: tokens that a tie
         excuses; logprob_gap, logprob_gap_p99, logprob_gap_max: mean, 99th percentile and largest difference, nats. With
         replay, free_...: the same without it. With the engine's own numbers: layer_gap, the farthest that a layer of torch's
-        was from the engine's given equal inputs, as a share of the row's length, and router_gap, how often a router was.
+        was from the engine's given equal inputs, as a share of what it adds, and router_gap, how often a router was.
         """
         seen, self.seen = self.seen, []
         free, self.free = self.free, []

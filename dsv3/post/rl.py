@@ -267,7 +267,10 @@ class Rounds:
         for answer in used:
             answer.used = True
         if self.reference is not None:
-            add_reference(used, self.reference, vocabulary=self.tokenizer.vocab_size, micro_batch=config.micro_batch)
+            add_reference(
+                used, self.reference, vocabulary=self.tokenizer.vocab_size, micro_batch=config.micro_batch,
+                exact=self.objective.engine is not None,
+            )  # fmt: skip
         random.Random(f"{config.seed}/{self._round}").shuffle(used)
         rest = [a for group in good + flat + lost for a in group if not a.used]
         if self.trainer.workers.leads:

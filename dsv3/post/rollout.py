@@ -32,6 +32,7 @@ from dsv3.infer.sampling import SamplingParams
 from dsv3.infer.scheduler import Sequence as Running
 from dsv3.model.transformer import DeepseekV3
 from dsv3.post.batch import RolloutBatch
+from dsv3.post.exact import EnginePass
 from dsv3.post.grpo import token_logprobs
 from dsv3.post.tasks import Problem
 from dsv3.train.metrics import write_atomic
@@ -231,16 +232,24 @@ def make_batch(answers: Sequence[Answer], *, depth: int, layers: int, top_k: int
 
 
 @torch.no_grad()
-def add_reference(answers: Sequence[Answer], model: DeepseekV3, *, vocabulary: int, micro_batch: int) -> None:
-    """Fill `reference` with each token's log-probability under a model."""
+def add_reference(
+    answers: Sequence[Answer], model: DeepseekV3, *, vocabulary: int, micro_batch: int, exact: bool = False
+) -> None:
+    """Fill `reference` with each token's log-probability under a model.
+
+    Args:
+        exact: by the engine's kernels, as the policy's own are (post/exact.py): a policy that is its reference has a KL of 0.
+    """
+    engine = EnginePass(model) if exact else None
     device = model.lm_head.weight.device
     for first in range(0, len(answers), micro_batch):
         some = answers[first : first + micro_batch]
         batch = make_batch(some, depth=0, layers=0, top_k=0, fresh=False)
         known = batch.answer.to(device)
-        states = model.hidden(batch.tokens.to(device)).main[known]
         targets = batch.targets.to(device)[known]
-        logprobs, _ = token_logprobs(states, model.lm_head.weight[:vocabulary], targets)
+        reading = None if engine is None else engine.read(batch.tokens)
+        states = model.hidden(batch.tokens.to(device)).main[known] if reading is None else reading.states[known]
+        logprobs, _ = token_logprobs(states, model.lm_head.weight[:vocabulary], targets, reading)
         for answer, own in zip(some, logprobs.cpu().split([len(a.tokens) for a in some])):
             answer.reference = own.tolist()
 

@@ -131,3 +131,17 @@ def test_gradients_are_kept_as_wide_as_the_weights_say():
     y.sum().backward()
     waiting.take()()
     assert w.grad.dtype == torch.float32
+
+
+def test_gradients_are_added_up_as_wide_as_told():
+    """FSDP's gathered bfloat16 weights, between whose second halves nobody widens them."""
+    x, w = leaves((9, 48), (33, 48))
+    waiting, sums = Later(torch.float32), torch.zeros(33, 48)
+    for i in range(3):
+        with waiting.noted():
+            y = late_linear(x * (1 + i / 7), w)
+        y.sum().backward()
+        waiting.take()()
+        sums += torch.autograd.grad(F.linear(x * (1 + i / 7), w).sum(), w)[0].float()
+    assert w.grad.dtype == torch.float32
+    assert torch.equal(w.grad, sums)

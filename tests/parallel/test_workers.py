@@ -117,6 +117,23 @@ def test_narrow_precisions_follow_one_process(tmp_path, degrees, precision):
         torch.testing.assert_close(losses, one, rtol=5e-2, atol=1e-3)
 
 
+def both_orders(group: Any, folder: str) -> list[dict[str, torch.Tensor]]:
+    changes = {"precision": "bfloat16", "micro_batch": 1}
+    orders = [{"pipeline": 2, "schedule": schedule} for schedule in ("1f1b", "zero-bubble")]
+    return [take_steps(group, d, f"{folder}/{d['schedule']}", changes)["gradients"] for d in orders]
+
+
+def test_weights_gradients_that_wait_are_summed_in_float32(tmp_path):
+    """In bfloat16, several in a row: only what the two orders' stages share, embedding and head, is summed otherwise."""
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+    for result in run_ranks(both_orders, 2, tmp_path / "ranks", str(tmp_path / "run")):
+        for gradients, mine in zip(found, result):
+            gradients.update(mine)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_the_first_rank_tells_the_fp8_health_of_every_stage(tmp_path):
     changes = {"precision": "fp8"}
     one = take_steps(None, None, str(tmp_path / "one"), changes)

@@ -116,15 +116,47 @@ def test_nothing_is_left_on_the_model():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_torchs_layer_must_be_the_engines():
+@pytest.mark.parametrize(
+    ("precision", "factor", "stream"),
+    [("float32", 1.01, 1), ("float32", 1.01, 300), ("float32", float("nan"), 1), ("bfloat16", -1.0, 1)],
+)
+def test_torchs_layer_must_be_the_engines(precision, factor, stream):
     """The values are the engine's, so a layer that is not the same function shows nowhere but here."""
     model = policy()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(stream)
+    model = model.to(getattr(torch, precision))
     batch = rollout(model, max_tokens=8)
     mlp = model.model.layers[1].mlp
     forward = mlp.forward
-    mlp.forward = lambda x, context: (forward(x, context)[0] * 1.01, forward(x, context)[1])
+    mlp.forward = lambda x, context: (forward(x, context)[0] * factor, forward(x, context)[1])
     with pytest.raises(GateError, match=r"a layer came out .* apart"):
-        step(model, batch, exact=True)
+        step(model, batch, exact=True, precision=precision)
+
+
+def test_torchs_head_must_be_the_engines():
+    model = policy()
+    batch = rollout(model, max_tokens=8)
+    engine = EnginePass(model)
+    reading = engine.read(batch.tokens[:, :-1])
+    states = reading.states[batch.answer]
+    reading.head(states @ model.lm_head.weight.T, states)
+    assert reading.gap < 1e-5
+    reading.head(-states @ model.lm_head.weight.T, states)
+    assert reading.gap > 1
+
+
+@torch.no_grad()
+def test_a_policy_that_is_its_reference_has_no_divergence_in_bfloat16():
+    from dsv3.post.rollout import add_reference
+
+    model = sharp().bfloat16()
+    engine = Engine(model, TOKENIZER, cache_gb=0.02)
+    problem = Arithmetic().problem(0)
+    prompts = [Prompt(problem=problem, ids=TOKENIZER.encode(problem.prompt))]
+    (answers,) = sample(engine, prompts, group=3, max_tokens=40, seed=0, decode=TOKENIZER.decode)
+    add_reference(answers, model, vocabulary=TOKENIZER.vocab_size, micro_batch=2, exact=True)
+    assert all(answer.reference == answer.logprobs for answer in answers)
 
 
 def test_torchs_router_must_be_the_engines():
