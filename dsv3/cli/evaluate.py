@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,7 @@ class Eval:
     model_at: tyro.conf.Positional[str] = ""
     """A checkpoint folder, a run folder, or a URL up to and without /completions."""
     tasks: tuple[str, ...] = ()
-    """Of mmlu, gsm8k, math, humaneval, needle, bpb."""
+    """Of mmlu, gsm8k, math, humaneval, needle, bpb; apart by spaces or commas."""
     data: tuple[str, ...] = ()
     """NAME=PATH for a task's file or folder (or hub:REPO@REVISION:SPLIT), or one folder that holds them under their usual names."""
     out: Path | None = None
@@ -75,6 +75,7 @@ class Eval:
 def evaluate(verb: Eval) -> None:
     from dsv3.evals.sandbox import SandboxError
 
+    verb = replace(verb, tasks=tuple(name for given in verb.tasks for name in given.split(",") if name))
     _refuse_unheard(verb)
     try:
         if verb.compare:

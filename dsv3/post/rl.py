@@ -435,8 +435,10 @@ def build_rl(
     }  # fmt: skip
     rounds.open(trainer, tokenizer, objective)
     policy = trainer.workers.policy
-    if mesh is None and not config.replay and EnginePass.fits(policy):
-        objective.engine = EnginePass(policy)  # on a mesh the policy is a copy of a round's start
+    # On a mesh the policy is a copy, of a round's start: that is what is trained where a round is one step.
+    current = mesh is None or config.minibatches == 1
+    if current and not config.replay and EnginePass.fits(policy):
+        objective.engine = EnginePass(policy)
     return trainer, rounds
 
 

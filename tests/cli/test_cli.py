@@ -24,3 +24,12 @@ def test_an_unknown_verb_is_told_with_those_there_are(capsys):
     told = capsys.readouterr().err
     assert "there is no verb 'pretain'" in told
     assert all(verb in told for verb in VERBS)
+
+
+def test_tasks_of_eval_are_apart_by_spaces_or_commas(monkeypatch):
+    from dsv3.cli import evaluate
+
+    seen = []
+    monkeypatch.setattr(evaluate, "_run", seen.append)
+    main(["eval", "model", "--tasks", "mmlu,gsm8k,needle", "bpb,", "--out", "out"])
+    assert seen[0].tasks == ("mmlu", "gsm8k", "needle", "bpb")
