@@ -151,7 +151,7 @@ def learn(work: Path, seed: int) -> Path:
         if number:
             loss = loss + _say_before(model, rng, 24)[0]
         steps += 1
-        optimizer.param_groups[0]["lr"] = (2e-3 if number <= 8 else 1e-3) * min(1.0, steps / 30)
+        optimizer.param_groups[0]["lr"] = (2e-3 if number < len(lessons) - 2 else 1e-3) * min(1.0, steps / 30)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -93,12 +93,16 @@ class NativeRunner(Runner):
         super().__init__(model, pages, mtp=mtp)
         self._decoder = Decoder(*native.describe(model), self.store.latents)
 
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Final states (N, D) float32; over bfloat16 pages they are bfloat16 numbers, as a page keeps them."""
+    def forward(self, segments: Sequence[Segment], *, streams: Tensor | None = None) -> Tensor:
+        """Final states (N, D) float32; over bfloat16 pages they are bfloat16 numbers, as a page keeps them.
+
+        Args:
+            streams: (L, N, D) float32, filled with the stream behind each main layer.
+        """
         rows = sum(len(s.tokens) for s in segments)
         moe, _, top_k = self.experts.shape
         self.experts = torch.empty(moe, rows, top_k, dtype=torch.int64)
-        return self._decoder.step(segments, chosen=self.experts, counts=self.counts)
+        return self._decoder.step(segments, chosen=self.experts, counts=self.counts, streams=streams)
 
     def draft(self, segments: Sequence[Segment], states: Tensor, layer: int = 0) -> Tensor:
         return self._decoder.step(segments, mtp=layer, previous=states.float().contiguous())

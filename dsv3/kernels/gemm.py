@@ -42,23 +42,6 @@ def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("dsv3::grouped_linear_dgrad", mutates_args=())
-def _dgrad(dy: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-    """dy (R, O) -> dx (R, I)."""
-    dy = dy.contiguous()
-    if _in_triton(dy):
-        from dsv3.kernels.triton import gemm
-
-        return gemm.grouped_mm_bfloat16(dy, w.mT, _offsets(counts))
-    dx = dy.new_empty(dy.shape[0], w.shape[2])
-    start = 0
-    for matrix, count in zip(w.unbind(0), counts.tolist()):
-        if count:
-            torch.mm(dy[start : start + count], matrix, out=dx[start : start + count])
-            start += count
-    return dx
-
-
 @torch.library.custom_op("dsv3::grouped_linear_wgrad", mutates_args=())
 def _wgrad(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """dy (R, O), x (R, I) -> dw (E, O, I)."""
@@ -91,11 +74,6 @@ def _(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-@_dgrad.register_fake
-def _(dy: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], w.shape[2])
-
-
 @_wgrad.register_fake
 def _(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
@@ -108,7 +86,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy: Tensor):
     x, w, counts = ctx.saved_tensors
-    dx = _dgrad(dy, w, counts) if ctx.needs_input_grad[0] else None
+    dx = grouped_linear(dy.contiguous(), w.mT, counts) if ctx.needs_input_grad[0] else None
     (dw,) = weight_gradients(ctx, [1], lambda: [_wgrad(dy, x, counts)])
     return dx, dw, None
 

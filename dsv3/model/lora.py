@@ -160,31 +160,16 @@ class _Frozen8(torch.autograd.Function):
         return fp8_grouped_mm(dy.contiguous(), None, codes.mT, scales.mT, offsets, dy.dtype), None, None, None
 
 
-class _Frozen(torch.autograd.Function):
-    """The same with W (E, O, I) as it is: no gradient of W is made."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, counts)
-        return grouped_linear(x, weight, counts)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (dy,) = grad_outputs
-        weight, counts = ctx.saved_tensors
-        return grouped_linear(dy.contiguous(), weight.mT, counts), None, None
-
-
 def _frozen_up(base: Experts | StoredExperts, rows: Tensor, counts: Tensor) -> Tensor:
     """(R, D) -> (R, 2·I), gate then up."""
     if isinstance(base, Experts):
-        return _Frozen.apply(rows, base.gate_up_proj, counts)
+        return grouped_linear(rows, base.gate_up_proj, counts)
     return torch.cat([_Frozen8.apply(rows, *half, _offsets(counts)) for half in base._halves()], dim=-1)
 
 
 def _frozen_down(base: Experts | StoredExperts, act: Tensor, counts: Tensor) -> Tensor:
     if isinstance(base, Experts):
-        return _Frozen.apply(act, base.down_proj, counts)
+        return grouped_linear(act, base.down_proj, counts)
     return _Frozen8.apply(act, base.down_proj, base.down_proj_scale_inv, _offsets(counts))
 
 

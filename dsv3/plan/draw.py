@@ -35,8 +35,13 @@ COLOURS = {
 
 def drawn(time: StepTime, ranks: int) -> list[Block]:
     """The blocks of the picture: a step of as many micro-batches as are shown."""
+    return lay_out(time.schedule, ranks, _shown(time, ranks), time.passes)
+
+
+def _shown(time: StepTime, ranks: int) -> int:
+    """Micro-batches; of DualPipe's half come from either end."""
     number = min(time.micro_batches, max(SHOWN, filling(time.schedule, ranks)))
-    return lay_out(time.schedule, ranks, number, time.passes)
+    return number // 2 * 2 if time.schedule == "dualpipe" else number
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -91,10 +96,7 @@ def _timeline(axes: Axes, ranks: int, time: StepTime) -> None:
     axes.invert_yaxis()
     axes.set_ylabel("pipeline rank")
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8)
-    number = len({(part.stage, part.micro) for block in found for part in block.parts if part.kind == "F"})
-    stages = len({part.stage for block in found for part in block.parts})
-    shown = number // stages * (2 if time.schedule == "dualpipe" else 1)
-    left_out = time.micro_batches - shown
+    left_out = time.micro_batches - _shown(time, ranks)
     note = f"; {left_out} more micro-batches follow in the middle" if left_out else ""
     axes.set_xlabel(
         f"seconds in {time.schedule}'s order{note}. The plan's step: {time.seconds:.2f} s, of it bubble {time.bubble:.2f}, "

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from dsv3.infer import native
-from dsv3.infer.pages import PageStore
-from dsv3.kernels.decode import PAGE, Decoder, Segment
+from dsv3.infer.runner import NativeRunner
+from dsv3.kernels.decode import PAGE, Segment
 from dsv3.model.transformer import DeepseekV3
 
 _ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}  # some units in the last place of a stream
@@ -71,7 +71,7 @@ class Reading:
 
     def head(self, product: Tensor, states: Tensor) -> Tensor:
         """Logits (n, V') of states (n, D): torch's product for the gradient, the engine's value."""
-        value = self.logits(states.detach().float())[:, : product.shape[1]]
+        value = self.logits(states.detach())[:, : product.shape[1]]
         return self._take(product, value, value)
 
     def _take(self, x: Tensor, value: Tensor, made: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class EnginePass:
     """
 
     def __init__(self, model: DeepseekV3) -> None:
-        self._model, self._pages = model, 0
-        self._decoder: Decoder | None = None
+        self._model = model
+        self._runner: NativeRunner | None = None
 
     @staticmethod
     def fits(model: DeepseekV3) -> bool:
@@ -104,26 +104,22 @@ class EnginePass:
         """tokens (B, T) int64."""
         rows, length = tokens.shape
         config, each = self._model.config, -(-length // PAGE)
-        decoder = self._open(rows * each)
-        layers, moe = config.num_hidden_layers, sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-        streams = torch.empty(layers, rows * length, config.hidden_size)
-        experts = torch.empty(moe, rows * length, config.num_experts_per_tok, dtype=torch.int64)
+        runner = self._open(rows * each)
+        streams = torch.empty(config.num_hidden_layers, rows * length, config.hidden_size)
         segments = [Segment(range(i * each, (i + 1) * each), 0, row) for i, row in enumerate(tokens.tolist())]
-        states = decoder.step(segments, chosen=experts, streams=streams)
+        states = runner.forward(segments, streams=streams)
         return Reading(
             streams.unflatten(1, (rows, length)),
             states.unflatten(0, (rows, length)),
-            experts.unflatten(1, (rows, length)).permute(1, 2, 0, 3),
-            decoder.logits,
+            runner.experts.unflatten(1, (rows, length)).permute(1, 2, 0, 3),
+            runner.logits,
             _ROUNDING[self._model.lm_head.weight.dtype],
         )
 
-    def _open(self, pages: int) -> Decoder:
-        if self._decoder is None or pages > self._pages:
-            weight, layers = self._model.lm_head.weight, self._model.config.num_hidden_layers
-            store = PageStore(self._model.config, pages, layers=layers, dtype=weight.dtype, device="cpu")
-            self._decoder, self._pages = Decoder(*native.describe(self._model), store.latents), pages
-        return self._decoder
+    def _open(self, pages: int) -> NativeRunner:
+        if self._runner is None or pages > self._runner.store.latents.shape[1]:
+            self._runner = NativeRunner(self._model, pages, mtp=False)
+        return self._runner
 
 
 def with_value(x: Tensor, value: Tensor) -> Tensor:
