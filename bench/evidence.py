@@ -114,7 +114,7 @@ def build(arm: Arm, seed: int) -> DeepseekV3:
     if arm.multi_head:
         for layer in model.model.layers:
             layer.self_attn = MultiHeadAttention(arm.model)
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     return model
 
 

@@ -139,7 +139,7 @@ def train(arm: str, seed: int, corpus: tuple[Any, Any, Tokenizer], path: Path) -
     precision = arm if arm in ("bfloat16", "float32") else "fp8"
     config = TrainConfig(schedule=schedule, seq_len=LENGTH, micro_batch=ROWS, seed=seed, precision=precision)
     model = DeepseekV3(MODEL)
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     loader = Loader(shards, LoaderConfig(seq_len=LENGTH, extra_tokens=0, seed=seed))
     batches = list(held_out_batches(held_out, seq_len=LENGTH, extra_tokens=0, rows=16, max_rows=96))
     evaluation = HeldOut(batches, byte_lengths(tokenizer))
@@ -186,7 +186,7 @@ def errors(corpus: tuple[Any, Any, Tokenizer], steps: int = 100) -> list[dict[st
     schedule = ScheduleConfig(steps=STEPS, peak_lr=2e-3, warmup_steps=50, batch_size=ROWS)
     config = TrainConfig(schedule=schedule, seq_len=LENGTH, micro_batch=ROWS, precision="fp8")
     model = DeepseekV3(MODEL)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     trainer = Trainer(model, Loader(shards, LoaderConfig(seq_len=LENGTH, extra_tokens=0)), config, Path("unused"))
     for _ in range(steps):
         trainer.step()

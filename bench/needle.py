@@ -138,7 +138,7 @@ def learn(work: Path, seed: int) -> Path:
     """Retrieval from noise, float32 -> the weights' file. Three lessons, each gone on with in the next: the token before; values
     behind keys, in rows of 4 to 63 facts; and the very rows of training, 256 and then 1,024 tokens long."""
     model, rng = DeepseekV3(MODEL), np.random.default_rng([11, seed])
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     lessons = [lambda: _say_before(model, rng, 64)]
     lessons += [functools.partial(_say_value, model, rng, facts) for facts in (4, 6, 9, 13, 19, 28, 42, 63)]

@@ -53,7 +53,7 @@ Loads = dict[str, list[np.ndarray]]  # traffic -> two halves of (L, E)
 def trained(work: Path, shards: Shards, steps: int) -> DeepseekV3:
     """The model after so many steps, from `work` if it is there."""
     model, path = DeepseekV3(MODEL), work / f"model-{steps}.pt"
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     if path.exists():
         model.load_state_dict(torch.load(path))
         return model

@@ -106,7 +106,7 @@ class AnswerLoss:
 def fine_tune(task: Split, tokenizer: Tokenizer, folder: Path, *, seed: int, steps: int) -> DeepseekV3:
     """A new model, fine-tuned on so many batches of 64 answered questions."""
     model = DeepseekV3(model_config(tokenizer.vocab_size))
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(seed)
     schedule = CosineConfig(
         steps=steps, batch_size=64, first_lr=4e-3, last_lr=3e-4, warmup_steps=10, gamma=1e-3, mtp_weight=0.1
     )

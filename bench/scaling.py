@@ -74,7 +74,7 @@ def fitting(config: ModelConfig, ranks: int) -> dict[str, dict[str, Any]]:
 
 def trainer(mesh: Mesh | None, folder: Path, precision: str, device: str) -> Trainer:
     model = DeepseekV3(MODEL)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     schedule = ScheduleConfig(steps=10**4, peak_lr=1e-3, warmup_steps=10, batch_size=ROWS)
     config = TrainConfig(schedule=schedule, seq_len=LENGTH, micro_batch=MICRO, precision=precision)
     loader = RandomLoader(MODEL.vocab_size, LENGTH, MODEL.num_nextn_predict_layers)

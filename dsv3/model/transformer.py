@@ -31,6 +31,7 @@ from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.swiglu import swiglu
 from dsv3.model.cache import Cache, LatentCache
 from dsv3.model.config import ModelConfig
+from dsv3.model.initial import fill_initial
 from dsv3.model.rope import apply_rope, rope_table
 
 
@@ -149,14 +150,11 @@ class DeepseekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, initializer_range) for every matrix, ones for norms, zero router bias (report section 4.2)."""
+    def init_weights(self, seed: int = 0) -> None:
+        """Normal(0, initializer_range) for every matrix, ones for norms, zero router bias (report section 4.2). A pipeline's stage
+        draws what it has, the same bits (initial.py)."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-            else:
-                parameter.fill_(1.0)
-                assert "norm" in name, name
+            fill_initial(parameter, name, seed=seed, std=self.config.initializer_range)
         for router in self.routers():
             router.e_score_correction_bias.zero_()
 

@@ -21,7 +21,6 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -334,33 +333,6 @@ class Stage(DeepseekV3):
             states.append(state)
         routing = join_routing(seen, x)
         return Hidden(main, tuple(states), routing), routing
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Bit for bit what `DeepseekV3.init_weights` draws for these names in one process; see `initial_weights`."""
-        mine = dict(self.named_parameters())
-        some = next(iter(mine.values()))
-        for name, whole in initial_weights(self.config, generator, dtype=some.dtype, device=some.device):
-            if name in mine:
-                mine[name].copy_(as_placed(whole, mine[name]))
-        for router in self.routers():
-            router.e_score_correction_bias.zero_()
-
-
-def initial_weights(
-    config: ModelConfig, generator: torch.Generator | None, *, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the whole model as `DeepseekV3.init_weights` fills it, one tensor in memory at a time.
-
-    Whoever holds a part of the model, or of a tensor, walks all and keeps its own: a generator's numbers come in one order.
-    """
-    with torch.device("meta"):
-        whole = DeepseekV3(config)
-    for name, parameter in whole.named_parameters():
-        tensor = torch.ones(parameter.shape, dtype=dtype, device=device)
-        if parameter.dim() > 1:
-            tensor.normal_(0.0, config.initializer_range, generator=generator)
-        yield name, tensor
 
 
 def as_placed(whole: Tensor, parameter: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dsv3.model.fp8 import fp8_modules
+from dsv3.model.initial import EXPERTS, fill_initial
 from dsv3.model.transformer import DeepseekV3, Hidden
 from dsv3.parallel.apply import compute_copy, parallelize, prepare, refresh_copy
 from dsv3.parallel.fsdp import before_backward, local, settle, sum_every_time, whole_view
@@ -314,6 +315,20 @@ class Together:
     def abandon(self) -> None:
         for parameter in self.masters:
             parameter.grad = None
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill masters and router biases as `DeepseekV3.init_weights` does in one process; every rank draws what it holds, and
+        of a shard's matrix the whole."""
+        for part in self.parts:
+            for name, held in part.named_parameters():
+                spread = self.mesh.expert.get_local_rank() if EXPERTS in name and self.mesh.expert.size() > 1 else 0
+                whole = torch.empty(held.shape)
+                fill_initial(whole, name, seed=seed, std=part.config.initializer_range, first=spread * len(whole))
+                local(held).copy_(local(as_placed(whole.to(held.device), held)))
+            for router in part.routers():
+                router.e_score_correction_bias.zero_()
+        self.refresh()
 
     @torch.no_grad()
     def place(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -15,7 +15,6 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import DeepseekV3
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.stage import initial_weights
 from dsv3.parallel.workers import Together
 from dsv3.train.checkpoint import latest_checkpoint
 from dsv3.train.trainer import HeldOut, TrainConfig, Trainer
@@ -66,16 +65,14 @@ def build_trainer(
             max_rows=held_out_rows,
         )
         evaluation = HeldOut(list(rows), byte_lengths(tokenizer))
-    generator = torch.Generator().manual_seed(train_config.seed)
     with torch.device("cpu" if mesh is None else "meta"):  # of several processes none ever holds the whole model
         model = DeepseekV3(model_config)
     if mesh is None:
-        model.init_weights(generator)
+        model.init_weights(train_config.seed)
         model = model.to(device)
     trainer = Trainer(model, loader, train_config, folder, tokenizer=tokenizer, held_out=evaluation, mesh=mesh)
     if isinstance(trainer.workers, Together):
         loader.keep(trainer.workers.rows)
     if isinstance(trainer.workers, Together) and latest_checkpoint(Path(folder)) is None:
-        tensors = initial_weights(model_config, generator, dtype=torch.float32, device=torch.device("cpu"))
-        trainer.workers.place(tensors)
+        trainer.workers.init_weights(train_config.seed)
     return trainer

@@ -46,7 +46,7 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 def build(config=TINY, dtype=torch.float32, seed=0):
     model = DeepseekV3(config)
     generator = torch.Generator().manual_seed(seed)
-    model.init_weights(generator)
+    model.init_weights(seed)
     for router in model.routers():
         router.e_score_correction_bias.normal_(0.0, 0.1, generator=generator)
     return model.to(dtype).eval()

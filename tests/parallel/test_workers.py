@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dsv3.kernels.quant import cast_tiles, dequantize_tiles
-from dsv3.model.transformer import Experts
+from dsv3.model.transformer import DeepseekV3, Experts
 from dsv3.parallel.degrees import ParallelConfig
 from dsv3.parallel.fsdp import local, sharded
 from dsv3.parallel.mesh import Mesh
@@ -283,3 +283,37 @@ def test_degrees_that_do_not_fit_are_refused_with_those_that_would(degrees, worl
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_defaults_fit_any_number_of_processes(world):
     ParallelConfig().check(TINY, world)
+
+
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"expert": 4},
+    {"expert": 2, "sharding": "fsdp"},
+    {"pipeline": 2, "expert": 2, "schedule": "zero-bubble"},
+    {"pipeline": 2, "sharding": "fsdp"},
+)
+
+
+def first_weights(_group: Any) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for degrees in LAYOUTS:
+        with torch.device("meta"):
+            model = DeepseekV3(TINY)
+        workers = Together(
+            model, Mesh(ParallelConfig(**degrees), TINY), precision="float32", recompute=False, compile_layers=False
+        )
+        workers.init_weights(3)
+        run = SimpleNamespace(workers=workers)
+        found.append(whole(run, named(run) | {n: b for part in workers.parts for n, b in part.named_buffers()}))
+    return found
+
+
+def test_a_runs_first_weights_are_the_same_bits_in_every_layout(tmp_path):
+    alone = DeepseekV3(TINY)
+    alone.init_weights(3)
+    results = run_ranks(first_weights, 4, tmp_path / "ranks")
+    for number, degrees in enumerate(LAYOUTS):
+        held = [result[number] for result in results]
+        assert set().union(*held) == alone.state_dict().keys()
+        for name, expected in alone.state_dict().items():
+            assert all(torch.equal(tensors.get(name, expected), expected) for tensors in held), (degrees, name)
