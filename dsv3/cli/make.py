@@ -122,25 +122,30 @@ def tokenizer(verb: TokenizerVerb) -> None:
 def _extend(verb: Pretrain) -> None:
     """A step reads --batch-size rows of the longest length, and as many tokens in every phase."""
     from dsv3.data.shards import open_shards
-    from dsv3.parallel.mesh import launched
-    from dsv3.train.extend import ExtendConfig, extend_from_shards
+    from dsv3.train.extend import ExtendConfig, extend_from_shards, longer
 
     assert verb.extend is not None
-    if launched() > 1:
-        raise ValueError(
-            f"--extend trains in one process, and torchrun started {launched()}: start it without torchrun"
-        )
-    if verb.parallel != ParallelConfig():
-        raise ValueError("--extend trains in one process, where --parallel.* changes nothing: leave it out")
     config = ExtendConfig(
         lengths=verb.extend_lengths, steps=verb.steps, step_tokens=verb.batch_size * verb.extend_lengths[-1],
         lr=verb.extend_lr, factor=verb.extend_factor, precision=verb.precision, seed=verb.seed, save_every=verb.save_every,
         keep_last=verb.keep_last,
     )  # fmt: skip
     shards, tokenizer = open_shards(verb.shards / "train"), open_tokenizer(verb.tokenizer)
-    print(extend_from_shards(
-        checkpoint_of(verb.extend), config, shards, tokenizer, verb.out, device=verb.device, say=print
-    ))  # fmt: skip
+    start = checkpoint_of(verb.extend)
+    with together(verb.parallel, longer(start, config), verb.device) as mesh:
+        leads = mesh is None or mesh.leads
+        newest = extend_from_shards(
+            start,
+            config,
+            shards,
+            tokenizer,
+            verb.out,
+            device=verb.device,
+            mesh=mesh,
+            say=print if leads else lambda text: None,
+        )
+        if leads:
+            print(newest)
 
 
 def pretrain(verb: Pretrain) -> None:

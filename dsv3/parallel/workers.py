@@ -137,6 +137,14 @@ class Alone:
             parameter.grad = None
         self._begun = False
 
+    @torch.no_grad()
+    def place(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill masters and router biases from whole tensors by name."""
+        mine = self.model.state_dict()
+        for name, whole in tensors:
+            mine[name].copy_(whole)
+        self.refresh()
+
     def view(self, name: str, tensor: Tensor) -> Tensor:
         """What a checkpoint stores under that name."""
         return tensor

@@ -14,6 +14,7 @@ Does not: decide when to save.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -86,6 +87,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {_instead(checkpoint)}") from None
+
+
+def stamp(checkpoint: Path) -> str:
+    """A name for a training checkpoint as it lies on disk, without reading its tensors: SHA-256 of its state and checksums."""
+    digest = hashlib.sha256()
+    for path in (checkpoint / STATE, checkpoint / TENSORS / CHECKSUMS):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
 
 
 def training_tensors(holder: Holder, optimizer: AdamW) -> list[tuple[str, Tensor]]:

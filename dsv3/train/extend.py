@@ -9,7 +9,8 @@
 A phase starts from the float32 masters and Adam's moments of the checkpoint before it (the first from `checkpoint`, the next
 from the phase's before), bit for bit, and has a run's folder of its own: FOLDER/phase-1, FOLDER/phase-2. The same call goes on
 where it was stopped. MTP layers train on. Memory is bounded by one row: rows go through one at a time, layers are computed again
-in the backward pass, logits exist by blocks.
+in the backward pass, logits exist by blocks. Of several processes each reads its part of a start and keeps its shard, and a phase
+may go on, or the next begin, in another layout.
 Source: V3 report section 4.3, YaRN arXiv 2309.00071. The report does not say what became of the router bias's speed and of
 lambda: they stay as pre-training ended (0 and 0.1). Does not: choose the data (long documents help), or evaluate.
 """
@@ -17,22 +18,25 @@ lambda: they stay as pre-training ended (0 and 0.1). Does not: choose the data (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsv3.data.loader import Loader, LoaderConfig
 from dsv3.data.shards import Shards
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.config import ModelConfig, YarnConfig
-from dsv3.model.fingerprint import fingerprint
+from dsv3.model.fingerprint import Fingerprint
 from dsv3.model.transformer import DeepseekV3
-from dsv3.model.weights import load_into
-from dsv3.parallel.apply import refresh_copy
-from dsv3.train.checkpoint import latest_checkpoint, load_training, read_state
+from dsv3.model.weights import read_tensors
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.workers import Together
+from dsv3.train.checkpoint import load_training, read_state, stamp
 from dsv3.train.loss import Objective, RowLoader
 from dsv3.train.trainer import TrainConfig, Trainer
 
@@ -162,6 +166,7 @@ def extend(
     tokenizer: Tokenizer | None = None,
     objective: Objective | None = None,
     device: str = "cpu",
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Both phases, or what is left of them -> the newest checkpoint, whose config.json is the extended one.
@@ -170,12 +175,45 @@ def extend(
         checkpoint: of pre-training (its masters and moments are continued), or any DeepseekV3 checkpoint (from its weights).
         rows: makes a phase's loader, such as `functools.partial(Loader, shards)`.
         objective: None: pre-training's.
+        mesh: of this process among several; None: it is alone, on `device`.
 
     Raises:
-        ValueError: the lengths exceed the extension, the model is extended otherwise already, or the folder holds phases of
-            another start or config.
+        ValueError: the lengths exceed the extension, the model is extended otherwise already, the folder holds phases of
+            another start or config, or a batch does not divide over the processes.
     """
     left = config.max_steps
+    base = ModelConfig.from_hf(checkpoint)
+    model_config = longer(checkpoint, config)
+    for phase, length in enumerate(config.lengths):
+        train = dataclasses.replace(config.train_config(phase), max_steps=left)
+        loader = rows(
+            LoaderConfig(seq_len=length, extra_tokens=base.num_nextn_predict_layers, seed=config.seed + phase)
+        )
+        options = {"tokenizer": tokenizer, "objective": objective, "mesh": mesh}
+        trainer = _phase(checkpoint, model_config, train, loader, folder / f"phase-{phase + 1}", device, options)
+        done = trainer.newest()
+        before = 0 if done is None else read_state(done)["step"]
+        say(
+            f"phase {phase + 1} of {len(config.lengths)}: rows of {length} tokens, {before} of {config.steps} steps done"
+        )
+        trainer.run()
+        newest = trainer.newest()
+        assert newest is not None
+        checkpoint = newest
+        if left is not None:
+            left -= trainer.step_index - before
+            if left == 0:
+                break
+        del trainer, loader  # before the next phase's model is in memory
+    return checkpoint
+
+
+def longer(checkpoint: Path, config: ExtendConfig) -> ModelConfig:
+    """The sizes of what `extend` makes of a checkpoint.
+
+    Raises:
+        ValueError: see there.
+    """
     base = ModelConfig.from_hf(checkpoint)
     original = config.original or original_length(checkpoint, base)
     model_config = extended(base, factor=config.factor, original=original)
@@ -184,28 +222,7 @@ def extend(
             f"rows of {config.lengths[-1]} tokens exceed the {model_config.max_position_embeddings} that YaRN by factor "
             f"{config.factor:g} makes of {original}: raise factor, or shorten lengths"
         )
-    for phase, length in enumerate(config.lengths):
-        train = dataclasses.replace(config.train_config(phase), max_steps=left)
-        loader = rows(
-            LoaderConfig(seq_len=length, extra_tokens=base.num_nextn_predict_layers, seed=config.seed + phase)
-        )
-        trainer = _phase(
-            checkpoint, model_config, train, loader, folder / f"phase-{phase + 1}", tokenizer, objective, device
-        )
-        done = latest_checkpoint(trainer.folder)
-        before = 0 if done is None else read_state(done)["step"]
-        say(
-            f"phase {phase + 1} of {len(config.lengths)}: rows of {length} tokens, {before} of {config.steps} steps done"
-        )
-        trainer.run()
-        newest = latest_checkpoint(trainer.folder)
-        assert newest is not None
-        checkpoint = newest
-        if left is not None:
-            left -= trainer.step_index - before
-            if left == 0:
-                break
-    return checkpoint
+    return model_config
 
 
 def extend_from_shards(
@@ -216,6 +233,7 @@ def extend_from_shards(
     folder: Path,
     *,
     device: str = "cpu",
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """`extend` on what `dsv3 data` wrote; documents are packed end to end as in pre-training.
@@ -232,7 +250,8 @@ def extend_from_shards(
     for length in config.lengths:  # before the first phase's days, not after
         loader = Loader(shards, LoaderConfig(seq_len=length, extra_tokens=depth))
         loader.check_batch(config.step_tokens // length)
-    return extend(checkpoint, config, partial(Loader, shards), folder, tokenizer=tokenizer, device=device, say=say)
+    rows = partial(Loader, shards)
+    return extend(checkpoint, config, rows, folder, tokenizer=tokenizer, device=device, mesh=mesh, say=say)
 
 
 def _phase(
@@ -241,19 +260,29 @@ def _phase(
     config: TrainConfig,
     loader: RowLoader,
     folder: Path,
-    tokenizer: Tokenizer | None,
-    objective: Objective | None,
     device: str,
+    options: Mapping[str, Any],
 ) -> Trainer:
     """A trainer that stands where `start` ended; a run of the folder resumes only if it had the same start."""
     with torch.device("meta"):
         model = DeepseekV3(model_config)
-    model = model.to_empty(device=device)
-    trainer = Trainer(model, loader, config, folder, tokenizer=tokenizer, objective=objective)
+    if options["mesh"] is None:
+        model = model.to_empty(device=device)
+    trainer = Trainer(model, loader, config, folder, **options)
+    if isinstance(loader, Loader) and isinstance(trainer.workers, Together):
+        loader.keep(trainer.workers.rows)
     if (start / "training.json").exists():
         load_training(start, trainer.workers, trainer.optimizer)
+        trainer.identity["start"] = stamp(start)
     else:
-        load_into(model.state_dict(), model_config, start)
-    refresh_copy(trainer.twin, model)
-    trainer.identity["start"] = fingerprint(model)
+        print_of = Fingerprint(model_config)
+
+        def passing() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in read_tensors(start, model_config):
+                print_of.add(name, tensor)
+                yield name, tensor
+
+        trainer.workers.place(passing())
+        trainer.identity["start"] = str(print_of)
+    trainer.workers.refresh()
     return trainer

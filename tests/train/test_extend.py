@@ -13,13 +13,16 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.config import ModelConfig, YarnConfig
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import load_model, save_model
+from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.workers import Alone
-from dsv3.train.checkpoint import latest_checkpoint, load_training
-from dsv3.train.extend import ExtendConfig, extend, extend_from_shards, extended
+from dsv3.train.checkpoint import latest_checkpoint, load_training, read_state
+from dsv3.train.extend import ExtendConfig, extend, extend_from_shards, extended, longer
 from dsv3.train.metrics import TIMING_FIELDS, read_metrics
 from dsv3.train.optim import ScheduleConfig, build_optimizer
 from dsv3.train.trainer import TrainConfig, Trainer
 from tests.model.tiny import TINY, random_model
+from tests.parallel.ranks import run_ranks
 
 SHORT = 16
 SMALL = ExtendConfig(
@@ -149,8 +152,8 @@ def test_weights_without_training_state_are_a_start_too(start, tmp_path):
     assert rope is not None
     assert rope.original_max_position_embeddings == SHORT
     assert curve(tmp_path / "out")[0]["loss"] < 20
-    longer = dataclasses.replace(config, original=None)  # without the run's seq_len: max_position_embeddings
-    newest = extend(tmp_path / "plain", longer, partial(Loader, shards), tmp_path / "other")
+    more = dataclasses.replace(config, original=None)  # without the run's seq_len: max_position_embeddings
+    newest = extend(tmp_path / "plain", more, partial(Loader, shards), tmp_path / "other")
     assert ModelConfig.from_hf(newest).max_position_embeddings == 1600
 
 
@@ -187,3 +190,50 @@ def test_refusals_name_both_values_and_the_cure(start, whole, tmp_path):
     with pytest.raises(ValueError, match="made with tokenizer"):
         extend_from_shards(checkpoint, SMALL, shards, Tokenizer.train(["other text"], 280), tmp_path)
     assert not list(tmp_path.glob("phase-*"))
+
+
+def in_ranks(_group, folder, files, sitting, degrees):
+    """One sitting of the run by several processes: the newest checkpoint of it."""
+    checkpoint, shards, tokenizer = files
+    config = dataclasses.replace(SMALL, max_steps=sitting)
+    mesh = Mesh(ParallelConfig(**degrees), longer(checkpoint, config))
+    return extend_from_shards(
+        checkpoint, config, open_shards(shards), Tokenizer.from_file(tokenizer), folder, mesh=mesh
+    )
+
+
+@pytest.mark.dist
+def test_several_processes_extend_as_one_does_and_go_on_in_another_layout(start, whole, tmp_path):
+    # Float32 sums run in another order, and Adam's first steps are their signs: some millionths of the loss.
+    checkpoint, _, _ = start
+    files = (checkpoint, checkpoint.parents[2] / "shards", checkpoint)
+    run_ranks(in_ranks, 2, tmp_path / "first", tmp_path / "out", files, 3, {"pipeline": 2})
+    newest = run_ranks(in_ranks, 2, tmp_path / "second", tmp_path / "out", files, 9, {"expert": 2})[0]
+    folder, _ = whole
+    assert newest == tmp_path / "out" / "phase-2" / "checkpoints" / "step-00000004"
+    found, expected = curve(tmp_path / "out"), curve(folder)
+    assert [(r["step"], r["tokens"]) for r in found] == [(r["step"], r["tokens"]) for r in expected]
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=2e-4)
+    assert run(start, tmp_path / "out") == newest  # one process sees that nothing is left to do
+
+
+def from_plain(_group, folder, config, files):
+    shards, tokenizer = files
+    mesh = Mesh(ParallelConfig(sharding="fsdp"), longer(folder / "plain", config))
+    rows = partial(Loader, open_shards(shards))
+    extend(folder / "plain", config, rows, folder / "two", tokenizer=Tokenizer.from_file(tokenizer), mesh=mesh)
+
+
+@pytest.mark.dist
+def test_several_processes_start_from_plain_weights(start, tmp_path):
+    checkpoint, shards, tokenizer = start
+    save_model(load_model(checkpoint, dtype="float32"), tmp_path / "plain")
+    config = dataclasses.replace(SMALL, original=SHORT, steps=1, lengths=(32,))
+    extend(tmp_path / "plain", config, partial(Loader, shards), tmp_path / "one", tokenizer=tokenizer)
+    run_ranks(from_plain, 2, tmp_path / "ranks", tmp_path, config, (checkpoint.parents[2] / "shards", checkpoint))
+    one, two = (read_metrics(tmp_path / name / "phase-1" / "metrics.jsonl")[0] for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    newest = [latest_checkpoint(tmp_path / name / "phase-1") for name in ("one", "two")]
+    starts = [read_state(checkpoint)["identity"]["start"] for checkpoint in newest if checkpoint]
+    assert starts[0] == starts[1]
