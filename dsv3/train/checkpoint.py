@@ -28,11 +28,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dsv3.model import folder as disk
 from dsv3.model.census import Piece
 from dsv3.model.config import ModelConfig
+from dsv3.model.initial import EXPERTS
 from dsv3.model.lora import adapter_state, has_lora
 from dsv3.model.transformer import DeepseekV3
 from dsv3.model.weights import write_checkpoint
@@ -180,8 +184,8 @@ def consolidate(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> None:
-    """Write the model of a checkpoint as a Hugging Face folder, from the masters. Holds one tensor at a time (of a layer's
-    experts: of all of them).
+    """Write the model of a checkpoint as a Hugging Face folder, from the masters. Holds one tensor at a time, of a layer's experts
+    as many as one rank of an expert group had (of one process, which held them all: all).
 
     Args:
         dtype, options: as of `save_checkpoint`. source: the folder of the tensors, if it is not in the checkpoint.
@@ -194,7 +198,7 @@ def consolidate(
     reader = FileSystemReader(checkpoint / TENSORS if source is None else source)
     stored = reader.read_metadata().state_dict_metadata
     config = ModelConfig.from_hf(checkpoint)
-    last: dict[str, Tensor] = {}
+    last: dict[tuple[str, int], Tensor] = {}
 
     def described(name: str) -> TensorStorageMetadata:
         found = stored.get(f"model.{name}")
@@ -203,22 +207,55 @@ def consolidate(
         return found
 
     def value(piece: Piece) -> Tensor:
-        if piece.memory not in last:
+        about = described(piece.memory)
+        first, rows, index = 0, about.size[:1], piece.index
+        if EXPERTS in piece.memory and isinstance(expert := index[0], int):
+            first, stop = _stored_rows(about, expert)
+            rows, index = torch.Size([stop - first]), (expert - first, *index[1:])
+        if (piece.memory, first) not in last:
             last.clear()
-            about = described(piece.memory)
-            last[piece.memory] = torch.empty(about.size, dtype=about.properties.dtype)
+            tensor = torch.empty((*rows, *about.size[1:]), dtype=about.properties.dtype)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    dcp.load({f"model.{piece.memory}": last[piece.memory]}, storage_reader=reader, no_dist=True)
+                    dcp.load(
+                        {f"model.{piece.memory}": tensor}, storage_reader=reader, planner=_Rows(first), no_dist=True
+                    )
                 except CheckpointException as error:
                     raise ValueError(f"{checkpoint} is damaged at {piece.memory}: {cause(error)}") from None
-        return last[piece.memory][piece.index]
+            last[piece.memory, first] = tensor
+        return last[piece.memory, first][index]
 
     write_checkpoint(
         config, target, held=lambda piece: described(piece.memory).properties.dtype, value=value, dtype=dtype,
         progress=progress, **options,
     )  # fmt: skip
+
+
+def _stored_rows(about: TensorStorageMetadata, row: int) -> tuple[int, int]:
+    """Rows [first, stop) of the stored piece that has a row."""
+    extents = {(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) for chunk in about.chunks}
+    return next((first, stop) for first, stop in sorted(extents) if first <= row < stop)
+
+
+class _Rows(DefaultLoadPlanner):
+    """Reads one tensor's rows from `first` on, as many as the tensor that is given has."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        ((name, tensor),) = self.state_dict.items()
+        about = self.metadata.state_dict_metadata[name]
+        assert isinstance(about, TensorStorageMetadata)
+        offsets = torch.Size((self.first, *[0] * (tensor.dim() - 1)) if tensor.dim() else ())
+        wanted = ChunkStorageMetadata(offsets=offsets, sizes=tensor.shape)
+        return LoadPlan(create_read_items_for_chunk_list(name, about, [wanted]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -111,6 +111,32 @@ def test_several_processes_leave_a_model_that_anyone_opens(tmp_path):
     assert [record["step"] for record in records] == [1, 2]
 
 
+def one_step(_group: Any, folder: str) -> None:
+    run = small_trainer(Path(folder), Mesh(ParallelConfig(expert=2, sharding="fsdp"), TINY))
+    run.step()
+    run.save()
+
+
+@pytest.mark.dist
+def test_a_model_is_made_whole_with_no_more_experts_in_memory_than_a_rank_had(tmp_path, monkeypatch):
+    run_ranks(one_step, 4, tmp_path / "ranks", str(tmp_path / "run"))
+    newest, sizes, load = checkpoints(tmp_path / "run")[-1], list[int](), dcp.load
+
+    def watched(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        sizes.extend(len(tensor) for name, tensor in tensors.items() if ".experts." in name)
+        return load(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(dcp, "load", watched)
+    consolidate(newest, tmp_path / "model", dtype=torch.float32)
+    layers = TINY.num_layers_with_mtp - TINY.first_k_dense_replace
+    assert sizes == [TINY.n_routed_experts // 2] * (layers * 2 * 2)  # each half once, of two tensors a layer
+    model = load_model(tmp_path / "model", dtype="float32")
+    stored = {"model." + name: torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
+    load(stored, checkpoint_id=newest / "training", no_dist=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored["model." + name]), name
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     run, gate, save = small_trainer(tmp_path), threading.Event(), dcp.save
     run.step()
