@@ -20,6 +20,7 @@ import torch
 from dsv3.model import folder as disk
 from dsv3.model.census import Piece
 from dsv3.model.config import ModelConfig
+from dsv3.model.fit import plan_load
 from dsv3.model.headers import INDEX_FILE
 from dsv3.model.shards import (
     CHECKSUMS_FILE,
@@ -35,7 +36,7 @@ from dsv3.model.shards import (
     write_shard,
 )
 from dsv3.model.source import DTYPES, Source, place
-from dsv3.model.weights import config_of, plan_load, rank_of, write_config
+from dsv3.model.weights import config_of, rank_of, write_config
 
 _PROGRESS_FILE = "progress.json"
 

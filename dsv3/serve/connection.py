@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from dsv3.serve.errors import ApiError, dump
 
+_PROTOCOL: Any = object  # which it is depends on what is installed
+
 
 async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
     response = ApiError(503, "too many connections are open: try again later", retry_after=1).response()
@@ -37,62 +39,70 @@ def guarded(base: Any = None, *, head_s: float, head_bytes: int, message_bytes: 
 
         base = AutoHTTPProtocol
 
-    class Guarded(base):
-        _timer: asyncio.TimerHandle | None = None
-        _bytes = 0  # of the message that is being read
-        _in_head = False
+    limits = {"head_s": head_s, "head_bytes": head_bytes, "message_bytes": message_bytes, "most": most}
+    return type("Guarded", (_Guarded, base), limits)
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > most:
-                self.app = _busy
-            self._timer = self.loop.call_later(head_s, self._cut)
 
-        def data_received(self, data: bytes) -> None:
-            self._bytes, before = self._bytes + len(data), self.cycle
-            super().data_received(data)
-            if self.cycle is not before and not self._in_head:  # a new message, which h11 does not call out
-                self._bytes = len(data)
-            if self._bytes > (head_bytes if self._in_head else message_bytes):
-                self._refuse()
-            elif self.cycle is not None and not self.cycle.response_complete:
-                self._end_wait()
-            elif self._timer is None:  # which no further byte puts off
-                self._timer = self.loop.call_later(head_s, self._cut)
+class _Guarded(_PROTOCOL):
+    """Goes before one of uvicorn's protocols, `super()` here; see `guarded`."""
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    head_s: float
+    head_bytes: int
+    message_bytes: int
+    most: int
+    _timer: asyncio.TimerHandle | None = None
+    _bytes = 0  # of the message that is being read
+    _in_head = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self.app = _busy
+        self._timer = self.loop.call_later(self.head_s, self._cut)
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes, before = self._bytes + len(data), self.cycle
+        super().data_received(data)
+        if self.cycle is not before and not self._in_head:  # a new message, which h11 does not call out
+            self._bytes = len(data)
+        if self._bytes > (self.head_bytes if self._in_head else self.message_bytes):
+            self._refuse()
+        elif self.cycle is not None and not self.cycle.response_complete:
             self._end_wait()
-            super().connection_lost(exc)
+        elif self._timer is None:  # which no further byte puts off
+            self._timer = self.loop.call_later(self.head_s, self._cut)
 
-        # httptools' callbacks
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_wait()
+        super().connection_lost(exc)
 
-        def on_message_begin(self) -> None:
-            self._bytes, self._in_head = 0, True
-            super().on_message_begin()
+    # httptools' callbacks
 
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            super().on_headers_complete()
+    def on_message_begin(self) -> None:
+        self._bytes, self._in_head = 0, True
+        super().on_message_begin()
 
-        def on_message_complete(self) -> None:
-            self._bytes = 0
-            super().on_message_complete()
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
 
-        def _end_wait(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+    def on_message_complete(self) -> None:
+        self._bytes = 0
+        super().on_message_complete()
 
-        def _cut(self) -> None:
-            self._end_wait()
-            if not self.transport.is_closing():
-                self.transport.close()
+    def _end_wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        def _refuse(self) -> None:
-            if self._in_head and not self.transport.is_closing():
-                body = dump(ApiError(431, f"the headers are larger than {head_bytes:,} bytes: send less").body)
-                head = "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-                self.transport.write(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-            self._cut()
+    def _cut(self) -> None:
+        self._end_wait()
+        if not self.transport.is_closing():
+            self.transport.close()
 
-    return Guarded
+    def _refuse(self) -> None:
+        if self._in_head and not self.transport.is_closing():
+            body = dump(ApiError(431, f"the headers are larger than {self.head_bytes:,} bytes: send less").body)
+            head = "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        self._cut()
