@@ -2,7 +2,8 @@
 
     running   a step reads one token of each sequence that decodes, and its drafts; what is left of the step's tokens goes to
               prompts, cut into chunks: a long prompt never makes the others wait for all of it
-    waiting   admitted in order of arrival while the pages last; pages of a known prefix are shared and not read again
+    waiting   admitted while the pages last, first of the owner that has the fewest running, of each owner in order of arrival;
+              pages of a known prefix are shared and not read again
     pressure  when a running sequence needs a page and none is left, the youngest one gives up all of its pages and waits in
               front, with everything it has said: later it reads its own text and goes on, and nothing is lost
 
@@ -13,7 +14,7 @@ Source: vLLM (arXiv 2309.06180) for pages and preemption; Sarathi-Serve (arXiv 2
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,8 +155,13 @@ class Scheduler:
                 left -= count
         for sequence in [s for s in self.running if not s.decoding]:
             left -= self._read(sequence, left, chunks)
-        while left > 0 and self.waiting and len(self.running) < self.max_running and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
+        while left > 0 and self.waiting and len(self.running) < self.max_running:
+            sequence = self._turn()
+            if sequence is None or not self._admit(
+                sequence
+            ):  # nor then anyone else, or a large one would wait for ever
+                break
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             left -= self._read(sequence, left, chunks)
         return [chunk for chunk in chunks if chunk.sequence in self.running]
@@ -182,10 +188,17 @@ class Scheduler:
         chunks.append(Chunk(sequence, sequence.computed, count))
         return count
 
+    def _turn(self) -> Sequence | None:
+        """Who is admitted next: what was set aside, else the first of the owner (salt) with the fewest running, so that many
+        requests of one owner make another's wait for one place and not for all of them. None: all wait for a first choice."""
+        if self.waiting[0].preempted:
+            return self.waiting[0]
+        busy = Counter(sequence.salt for sequence in self.running)
+        ready = (s for s in self.waiting if s.after is None or s.after.finish_reason is not None or s.after.answered)
+        return min(ready, key=lambda sequence: busy[sequence.salt], default=None)  # the first of equals
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of its known beginning, if the rest of its tokens fits beside them."""
-        if sequence.after is not None and sequence.after.finish_reason is None and not sequence.after.answered:
-            return False
         keys = page_keys(sequence.tokens[: sequence.goal - 1], sequence.salt) if self.share else []
         keys = list(itertools.takewhile(lambda key: self.usable(sequence, key), keys))
         found = 0

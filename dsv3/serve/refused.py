@@ -32,7 +32,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "skip_special_tokens": ((*_NOTHING, True), "leave it out: control tokens are parsed into the reply's fields"),
     "spaces_between_special_tokens": ((*_NOTHING, True), "leave it out"),
     "documents": (_NOTHING, "put them into the messages"),
-    "priority": ((*_NOTHING, 0), "leave it out: requests are served in order of arrival"),
+    "priority": ((*_NOTHING, 0), "leave it out: keys take turns, each in its order of arrival"),
 }
 
 

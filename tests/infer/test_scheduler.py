@@ -11,8 +11,8 @@ def scheduler(pages=20, **options):
     return Scheduler(PageBook(pages + 1), **({"step_tokens": 32, "max_running": 4} | options))
 
 
-def sequence(size, first=1, answer=20):
-    return Sequence([first] * size, SamplingParams(max_tokens=answer))
+def sequence(size, first=1, answer=20, salt=b""):
+    return Sequence([first] * size, SamplingParams(max_tokens=answer), salt=salt)
 
 
 def run(s: Scheduler):
@@ -48,6 +48,53 @@ def test_the_order_of_arrival_is_kept_and_the_number_bounded():
     s.remove(all_[0])
     run(s)
     assert s.running == all_[1:3]
+
+
+def test_many_requests_of_one_owner_make_anothers_wait_for_one_place():
+    s = scheduler(pages=60)
+    many = [sequence(3, first, salt=b"a") for first in range(8)]
+    few = [sequence(3, first, salt=b"b") for first in range(2)]
+    for one in (*many, *few):
+        s.add(one)
+    run(s)
+    assert s.running == [many[0], few[0], many[1], few[1]]  # by turns, also when all come at once
+    late = sequence(3, 9, salt=b"c")
+    s.add(late)
+    s.remove(few[0])
+    run(s)
+    assert s.running == [many[0], many[1], few[1], late]
+    s.remove(few[1])
+    s.remove(late)
+    run(s)
+    assert s.running == many[:4]  # nobody else wants a place
+
+
+def test_a_choice_that_waits_for_its_first_holds_up_no_other_request():
+    s, long, other = scheduler(pages=60), sequence(100), sequence(3)
+    second = Sequence(list(long.tokens), SamplingParams(max_tokens=20), 1, after=long)
+    for one in (long, second, other):
+        s.add(one)
+    run(s)
+    assert s.running == [long]  # its chunk took the step
+    for _ in range(4):
+        run(s)
+    assert s.running == [long, other, second]
+    assert second.cached == PAGE
+
+
+def test_what_does_not_fit_yet_is_not_passed_by_for_ever():
+    s = scheduler(pages=4, max_running=4)
+    s.add(sequence(PAGE, 1, salt=b"a"))
+    run(s)
+    large, small = sequence(3 * PAGE, 2, 1, salt=b"b"), sequence(2, 3, salt=b"a")
+    s.add(large)
+    s.add(small)
+    run(s)
+    assert large not in s.running
+    assert small not in s.running
+    s.remove(s.running[0])
+    run(s)
+    assert s.running[0] is large
 
 
 def test_drafts_count_as_tokens_of_the_step():
