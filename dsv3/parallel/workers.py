@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -326,13 +326,17 @@ class Together:
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill masters and router biases as `DeepseekV3.init_weights` does in one process; every rank draws what it holds, and
-        of a shard's matrix the whole."""
+        """Fill masters and router biases as `DeepseekV3.init_weights` does in one process; every rank draws the experts and the
+        layers that it holds, and of a matrix that is cut the whole."""
+        replica, expert = self.mesh.replica, self.mesh.expert
         for part in self.parts:
             for name, held in part.named_parameters():
-                spread = self.mesh.expert.get_local_rank() if EXPERTS in name and self.mesh.expert.size() > 1 else 0
+                fill = partial(fill_initial, name=name, seed=seed, std=part.config.initializer_range)
+                if EXPERTS in name and expert.size() == 1:  # the replicas have whole experts
+                    fill(local(held), first=replica.get_local_rank() * -(-len(held) // replica.size()))
+                    continue
                 whole = torch.empty(held.shape)
-                fill_initial(whole, name, seed=seed, std=part.config.initializer_range, first=spread * len(whole))
+                fill(whole, first=expert.get_local_rank() * len(whole) if EXPERTS in name else 0)
                 local(held).copy_(local(as_placed(whole.to(held.device), held)))
             for router in part.routers():
                 router.e_score_correction_bias.zero_()
