@@ -9,7 +9,7 @@ Both sums are made in float32 and rounded once to the rows' own dtype, in which 
 than one hop has, a partial sum's. In the node they run over a token's experts in order, at home over its nodes in order, whoever
 was first to arrive. The way there copies rows and the way back sums them, each the other's transpose: the backward pass of a
 dispatch is a combine, and that of a combine a dispatch. Rows in FP8 are cast once, at home, and pass both hops as codes. Once an
-expert on the fast links: a row for each rank would save little (of V3's 8 rows over 64 ranks 7% have company) and round once more.
+expert on the fast links: once a rank would save little (7.5 of V3's 8 rows on 64 ranks) and round once more.
 
 Sizes come from one exchange of counts for both hops, and for it the host waits once. Beside its row a token takes to each node
 its K experts' names (int32) and weights (float32), for the rank there to pass it on by: 64 bytes to V3's 7,392 in FP8.
