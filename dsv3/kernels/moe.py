@@ -9,6 +9,7 @@ Source: V3 report section 2.1.2; arXiv 2408.15664 for the bias. Legend: N tokens
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,6 +79,13 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def unpermute(y: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """y (N·K, D) in expert order -> the sum over each token's K rows (N, D), accumulated in float32, rounded once."""
     return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
+
+
+def sum_copies(y: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """y (R, D) -> (N, D): row n is the sum of y[order[starts[n] : starts[n + 1]]], in that order, accumulated in float32, rounded
+    once. order (R,), starts (N,) ascending from 0. Without a gradient of its own."""
+    wide = y if y.is_cuda else y.float()  # a GPU's bag is summed in float32, a CPU's in the dtype of y
+    return F.embedding_bag(order, wide, starts, mode="sum").to(y.dtype)
 
 
 @permute.register_fake

@@ -76,7 +76,7 @@ def parallelize(model: DeepseekV3, mesh: Mesh, *, precision: str, recompute: boo
     if precision == "fp8":
         swap_fp8(model)
     if mesh.expert.size() > 1:
-        spread_experts(model, mesh.expert.get_group(), fp8=mesh.config.dispatch == "fp8")
+        spread_experts(model, mesh.way, fp8=mesh.config.dispatch == "fp8")
     prepare(model, recompute=recompute, compile_layers=compile_layers)
     shard(model, mesh, precision)
 

@@ -8,8 +8,9 @@
     data       replica x expert: every rank of it reads its own rows                (128)
 
 Everything but the routed experts is sharded over `data`; an expert's weights over `replica` alone, for they are spread over
-`expert` already. The degrees are all that a user says; `data` follows from the world's size.
-Source: V3 report section 3.2. Does not: move tensors (expert.py, fsdp.py, pipeline.py).
+`expert` already. The degrees are all that a user says; `data` follows from the world's size, and how tokens travel to experts from
+the machines that the launcher started an expert group on: two hops where it lies on several, as many ranks on each (dispatch.py).
+Source: V3 report section 3.2. Does not: move tensors (dispatch.py, fsdp.py, pipeline.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
+from dsv3.parallel.dispatch import ranks_a_node, way_of
 
 _PATIENCE = timedelta(hours=24)
 
@@ -52,6 +54,16 @@ class Mesh:
         self.device = (
             torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
         )
+        group = self.expert.get_group()
+        self.way = way_of(group, ranks_a_node(self._machines(group)) if self.expert.size() > 1 else None)
+
+    def _machines(self, group: dist.ProcessGroup) -> list[int]:
+        """Of each rank of a group the first rank of its machine; all are on one where the launcher does not tell."""
+        first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        mine = torch.tensor([first], device=self.device)
+        told = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(told, mine, group=group)
+        return torch.cat(told).tolist()
 
     @property
     def data_rank(self) -> int:

@@ -334,7 +334,7 @@ def verdict(places: Mapping[int, Place], world: int, who: Mapping[int, str]) -> 
 
 
 def _where(place: Place, *, line: bool = True) -> str:
-    """in model.layers.2.mlp (forward), in gloo:all_to_all number 7 of group 3, at expert.py:150 in _exchange"""
+    """in model.layers.2.mlp (forward), in gloo:all_to_all number 7 of group 3, at dispatch.py:300 in exchange"""
     parts = []
     if not place["inside"]:
         parts.append(f"between steps, after step {place['step']}")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.kernels.moe import permute, route, sequence_balance_loss, sort_by_expert, unpermute
+from dsv3.kernels.moe import permute, route, sequence_balance_loss, sort_by_expert, sum_copies, unpermute
 
 LOGITS = torch.tensor([[1, -2, 0.5, 0.4, 3, -4, 0, 0.1]])
 
@@ -66,3 +66,14 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not():
     skewed = torch.full((2, 8, 4), 0.1)
     skewed[..., 0] = 0.9
     assert sequence_balance_loss(skewed, 1).item() == pytest.approx(4 * 0.9 / 1.2)
+
+
+def test_copies_are_summed_in_float32_and_in_order_and_rounded_once():
+    torch.manual_seed(0)
+    y, order = torch.randn(40, 24).bfloat16(), torch.randperm(40)[:30]
+    copies = torch.tensor([3, 0, 8, 1, 18])
+    starts = copies.cumsum(0) - copies
+    parts = order.split(copies.tolist())
+    expected = torch.stack([y[part].float().sum(0) if len(part) else torch.zeros(24) for part in parts]).bfloat16()
+    assert torch.equal(sum_copies(y, order, starts), expected)
+    assert sum_copies(y[:0], order[:0], starts[:0]).shape == (0, 24)

@@ -35,7 +35,9 @@ def named(run: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for part in reversed(run.workers.parts) for name, p in part.named_parameters()}
 
 
-def take_steps(_group: Any, degrees: dict[str, Any] | None, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+def take_steps(
+    _group: Any, degrees: dict[str, Any] | None, folder: str, changes: dict[str, Any], steps: int = STEPS
+) -> dict[str, Any]:
     """Losses and counts of each step, the first step's gradients, and the weights and biases at the end."""
     mesh = None if degrees is None else Mesh(ParallelConfig(**degrees), TINY)
     run = small_trainer(Path(folder), mesh, **changes)
@@ -50,7 +52,7 @@ def take_steps(_group: Any, degrees: dict[str, Any] | None, folder: str, changes
     run.workers.clip = look
     records = [run.step()]
     biases = {n: b.clone() for part in run.workers.parts for n, b in part.named_buffers()}
-    records += [run.step() for _ in range(STEPS - 1)]
+    records += [run.step() for _ in range(steps - 1)]
     return {
         "loss": [(r["loss"], *r["mtp_loss"], r["balance_loss"], r["grad_norm"]) for r in records],
         "counts": records[0]["expert_counts"],

@@ -24,7 +24,7 @@ QUICK = WatchConfig(factor=3, least_s=1.0, most_s=3.0, poll_s=0.1)
 def place(**changes: Any) -> dict[str, Any]:
     return {
         "who": "n0, pid 7", "step": 4, "inside": True, "seconds": 99.0, "layer": "model.layers.2", "pass": "forward",
-        "module": "model.layers.2.mlp", "at": "expert.py:1 in _exchange", "in_collective": "wait", "cuda": False,
+        "module": "model.layers.2.mlp", "at": "dispatch.py:1 in exchange", "in_collective": "wait", "cuda": False,
         "pending": [{"name": "gloo:all_to_all", "group": "3", "p2p": False, "number": 12}], "counts": {"3": 12, "0": 5},
     } | changes  # fmt: skip
 
@@ -183,4 +183,4 @@ def test_a_rank_that_sleeps_or_is_stopped_is_named_by_the_other(tmp_path):
     assert (tmp_path / "run" / "hang.txt").read_text().startswith(list(hangs)[-1])
     stacks = [(tmp_path / "run" / f"hang-rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "time.sleep(3" in stacks[1]
-    assert "expert.py" in stacks[0]
+    assert "dispatch.py" in stacks[0]
