@@ -66,7 +66,7 @@ class ParallelMoE(MoE):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed]:
         flat = x.flatten(0, -2)  # (N, D)
-        scores, indices, weights = self.gate(flat)
+        scores, indices, weights = context.route(self.gate, flat)
         order, inverse, counts = sort_by_expert(indices, scores.shape[-1])
         ranks = dist.get_world_size(self.group)
         arriving = _swap_counts(counts, self.group)  # (ranks, E / ranks)

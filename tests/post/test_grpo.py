@@ -221,7 +221,8 @@ def test_the_head_s_rows_beyond_the_vocabulary_take_no_part():
 def test_rows_are_cut_to_the_longest_of_them():
     part = cut(batch(), slice(2, 3), 1, torch.device("cpu"))
     assert part.tokens.shape == (1, 6)  # 5 + 1 - 1 positions, one more for MTP
-    assert part.answer.sum() == 1
+    assert part.shape == (1, 5)
+    assert [len(learnt.at) for learnt in part.learnt] == [1, 0]
 
 
 def test_constants_that_make_no_sense_are_refused():

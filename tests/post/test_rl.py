@@ -141,7 +141,6 @@ def test_the_reference_says_what_the_start_said_and_the_policy_moves_on(tmp_path
     assert torch.equal(rounds.reference(tokens), start)
     with torch.enable_grad():
         trainer.step()
-    rounds.objective.release()  # as before every rollout
     assert torch.equal(rounds.reference(tokens), start)
     moved = trainer.workers.policy(tokens)
     assert not torch.allclose(moved, start, atol=1e-2)
