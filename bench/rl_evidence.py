@@ -196,14 +196,7 @@ def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
         trainer, rounds = build_rl(model, tokenizer, ReasoningGym(task, seed=seed, **TASKS[task]), config, folder)
         rounds.engine = Engine(compute_copy(model, rollout), tokenizer, cache_gb=0.2, max_running=512)
         batch, gate = rounds.next_batch(512), rounds.objective.gate
-
-        def look() -> None:
-            trainer.objective.begin(trainer.workers, batch, [slice(0, 512)])
-            options = dict(depth=1, mtp_weight=0.1, alpha=0.0, device=trainer.device)
-            trainer.objective(trainer.twin, batch, slice(0, 512), **options)
-            trainer.objective.settle(trainer.workers, batch)
-
-        look()
+        _look(trainer, batch)
         replayed, free = gate.seen[0], gate.free[0]
         other = free.routes.any(1)
         line = f"rollout {rollout}, training {training}: {int(other.sum())} of {len(other)} tokens to other experts"
@@ -213,11 +206,19 @@ def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
             line += f"; {name}: difference {gaps.mean():.2e} in the mean, {gaps.max():.2e} at most{of_these}"
         if rollout == training:
             rounds.objective.engine = EnginePass(trainer.twin)
-            look()
+            _look(trainer, batch)
             exact = gate.seen[-1]
             line += f"; the engine's numbers: {exact.gaps.abs().max():.2e} at most, {int(exact.routes.any(1).sum())} tokens to "
             line += f"other experts, torch's layers {exact.layer_gap:.2e} of a row's length from them"
         print(line)
+
+
+def _look(trainer: Trainer, batch: Any) -> None:
+    """A step's forward, for the gate to see."""
+    trainer.objective.begin(trainer.workers, batch, [slice(0, 512)])
+    options = dict(depth=1, mtp_weight=0.1, alpha=0.0, device=trainer.device)
+    trainer.objective(trainer.twin, batch, slice(0, 512), **options)
+    trainer.objective.settle(trainer.workers, batch)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, task: str) -> None:

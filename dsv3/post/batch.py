@@ -117,10 +117,14 @@ class Part:
         return self.learnt[0].rows
 
 
+def longest(batch: RolloutBatch, rows: slice) -> int:
+    """T of some rows: of the longest of them, or of the batch, if it is even."""
+    return batch.answer.shape[1] if batch.even else int(batch.lengths[rows].max())
+
+
 def cut(batch: RolloutBatch, rows: slice, depth: int, device: torch.device) -> Part:
-    """Some rows, no longer than the longest of them (or of the batch, if it is even), on the device."""
-    lengths = batch.lengths[rows].tolist()
-    length = batch.answer.shape[1] if batch.even else max(lengths)
+    """Some rows, as long as `longest` says, on the device."""
+    lengths, length = batch.lengths[rows].tolist(), longest(batch, rows)
     answer, targets = batch.answer[rows, :length], batch.targets[rows]
     at = places(answer)
 

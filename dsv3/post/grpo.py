@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv3.kernels.moe import sequence_balance_loss
 from dsv3.model.transformer import DeepseekV3, Hidden, Router, Routing, Steer
 from dsv3.parallel.workers import Workers
-from dsv3.post.batch import Learnt, Part, RolloutBatch, cut
+from dsv3.post.batch import Learnt, Part, RolloutBatch, cut, longest
 from dsv3.post.exact import EnginePass, Reading
 from dsv3.post.replay import Gate, RouterTap, Tapped, routes
 from dsv3.train.loss import SplitObjective, Step, join_losses
@@ -168,7 +168,7 @@ class GrpoObjective(SplitObjective):
             self.gate.judge(workers.everyone, replayed=self.replay)
 
     def inputs(self, batch: RolloutBatch, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, None]:
-        return cut(batch, rows, depth, device).tokens, None
+        return batch.tokens[rows, : longest(batch, rows) + depth].to(device), None
 
     @contextlib.contextmanager
     def around(
@@ -205,7 +205,9 @@ class GrpoObjective(SplitObjective):
         if part.fresh:
             self.gate.note(rows.start, gaps=(logprobs.detach() - part.old).abs(), layer_gap=steer.gap)
         main, extras = self._policy_loss(part, logprobs, entropies)
-        depths = tuple(_mtp_loss(state, head, learnt) for state, learnt in zip(hidden.mtp, part.learnt[1:], strict=True))
+        depths = tuple(
+            _mtp_loss(state, head, learnt) for state, learnt in zip(hidden.mtp, part.learnt[1:], strict=True)
+        )
         losses = join_losses(main, depths, hidden.routing.balance, mtp_weight=mtp_weight, alpha=alpha)
         return Step(losses, hidden.routing.counts, extras)
 

@@ -5,13 +5,15 @@ the same bits. On other devices one model definition makes both, which differ by
 about some tenth of the routers, and runs collapse (Megatron-LM issue 4168). Here that is measured at each step, and a gate
 stops the run when it is not so.
 
-    tap      for the time of a pass each router also tells its scores and its own choice
+    tap      each router of a pass also tells its scores and its own choice
     replay   the rollout's experts take the place of the router's choice; their weights are still the router's own scores, so
              the router goes on learning. For when precisions differ
     tie      two experts' scores closer than rounding: there the two passes may choose differently and both be right.
              Such tokens, and those behind them in the row, are told but not gated
 
-The routers are changed from outside, by an attribute of the instance; classes, weights and the engine's C path are untouched.
+A pass carries its tap as an argument (model.transformer.Context.steer), so several may be in flight, and a layer that is computed
+again in the backward pass goes where it went. What is found lies where its layer is: a pipeline's stages and the ranks note their
+shares, and behind the step, before the optimizer, all processes judge all notes alike.
 Legend: B rows, T tokens, N = B·T, n answer tokens, L MoE layers, E experts, K top-k.
 Source: routing replay: arXiv 2510.11370 (R3). Does not: know MTP routers' choices in the rollout: those are never replayed.
 """
@@ -95,8 +97,8 @@ class RouterTap:
         self._seen: dict[int, Tapped] | None = {}
 
     def take(self) -> dict[int, Tapped]:
-        """What was noted, by the router's row in Routing. Nothing is from here on, but layers that are computed again in the backward
-        pass are steered as they were."""
+        """What was noted, by the router's row in Routing. Nothing is from here on; layers that are computed again in the backward
+        pass are steered still."""
         seen, self._seen = self._seen, None
         assert seen is not None
         return seen
@@ -148,7 +150,9 @@ class Routes(NamedTuple):
     """One router of a pass against the rollout's, at the answers' tokens."""
 
     flags: Tensor  # (n,) uint8: 1 other experts, 2 a tie here, 4 a tie here or before in the row
-    others: Tensor  # (2,) int64: of how many tokens would torch's router have chosen otherwise, of how many was it asked
+    others: (
+        Tensor  # (2,) int64: of how many tokens would torch's router have chosen otherwise, of how many was it asked
+    )
 
 
 class Differences(NamedTuple):
@@ -165,8 +169,8 @@ def routes(part: Part, seen: dict[int, Tapped], *, exact: bool = False) -> dict[
     """Of the routers whose choice in the rollout is known, by their rows.
 
     Args:
-        exact: the pass had the engine's own numbers. Its experts are those that it was told, and no tie excuses any. What is torch's
-            alone is told beside them.
+        exact: the pass had the engine's own numbers. Its experts are those that it was told, and no tie excuses any. What is
+            torch's alone is told beside them.
     """
     found, known = {}, part.learnt[0]
     for row, tapped in sorted(seen.items()):
@@ -189,7 +193,8 @@ def joined(layers: list[Routes], gaps: Tensor, layer_gap: float | None = None) -
     if not layers:
         none = torch.zeros(len(gaps), 0, dtype=torch.bool)
         return Differences(none, gaps, none, layer_gap)
-    flags, others = torch.stack([layer.flags for layer in layers], 1), sum(layer.others for layer in layers)
+    flags = torch.stack([layer.flags for layer in layers], 1)
+    others = torch.stack([layer.others for layer in layers]).sum(0)
     behind = (flags & 4).bool().cummax(1).values
     tied = (flags & 2).bool()
     tied[:, 1:] |= behind[:, :-1]

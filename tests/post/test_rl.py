@@ -425,7 +425,7 @@ def started(folder, degrees, *, task=None, change=None, **changes):
 
 
 def one_step(folder, degrees, **changes) -> dict:
-    """Record and gate's report, gradients, and the policy behind a step; then the record of a second step, the first being saved."""
+    """Record and gate's report, gradients and policy of a step; the record of a second one, the first being saved."""
     trainer, rounds = started(folder, degrees, **changes)
     gradients, clip = {}, trainer.workers.clip
 
@@ -449,7 +449,9 @@ def one_step(folder, degrees, **changes) -> dict:
 def steps_of_ranks(_group, folder, cases):
     if "fsdp" in cases:  # where the other expert is in the rows of one data rank
         trainer, _ = started(folder / "stopped", cases["fsdp"][0], change=one_other_expert)
-        with pytest.raises(GateError, match=r"\(token, layer\) went to other experts, the limit is 0.00%.*Nothing was updated"):
+        with pytest.raises(
+            GateError, match=r"\(token, layer\) went to other experts, the limit is 0.00%.*Nothing was updated"
+        ):
             trainer.step()
         assert trainer.step_index == 0
         assert all(p.grad is None for p in trainer.workers.masters)
