@@ -66,6 +66,10 @@ class Reading:
                 else:
                     vars(module)["forward"] = forward
 
+    def forget(self) -> None:
+        """What no forward needs any more: backward passes hold on to the rest."""
+        self.streams, self.states = self.streams[:0].clone(), self.states[:0].clone()
+
     def _forward(self, forward: Callable, value: Tensor, *inputs: object):
         made = forward(*inputs)
         if not isinstance(made, tuple):

@@ -179,6 +179,8 @@ class GrpoObjective(SplitObjective):
         forced = reading.experts if reading is not None else part.experts if self.replay else None
         with contextlib.nullcontext() if reading is None else reading.told(model):
             yield _Pass(part, RouterTap(model, experts=forced), reading)
+        if reading is not None and rows.start not in self._readings:
+            reading.forget()
 
     def routed(self, routing: Routing, batch: RolloutBatch, rows: slice, steer: _Pass, *, alpha: float) -> Routing:
         seen, part = steer.tap.take(), steer.part
