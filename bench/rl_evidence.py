@@ -35,7 +35,7 @@ from dsv3.post.replay import GateConfig
 from dsv3.post.rl import RlConfig, build_rl, run_rl
 from dsv3.post.rollout import Answer, make_batch
 from dsv3.post.tasks import ReasoningGym, Split
-from dsv3.train.loss import Step, join_losses
+from dsv3.train.loss import Objective, Step, join_losses
 from dsv3.train.metrics import read_metrics
 from dsv3.train.optim import CosineConfig
 from dsv3.train.trainer import TrainConfig, Trainer
@@ -83,7 +83,7 @@ class Lessons:
         self.index = state["rows"]
 
 
-class AnswerLoss:
+class AnswerLoss(Objective):
     """Cross entropy of the answers' tokens, main model and MTP."""
 
     def shares(self, batch: Any) -> Tensor:
@@ -196,10 +196,8 @@ def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
         trainer, rounds = build_rl(model, tokenizer, ReasoningGym(task, seed=seed, **TASKS[task]), config, folder)
         rounds.engine = Engine(compute_copy(model, rollout), tokenizer, cache_gb=0.2, max_running=512)
         batch, gate = rounds.next_batch(512), rounds.objective.gate
-        told = dict(depth=1, mtp_weight=0.1, alpha=0.0, device=trainer.device)
-        trainer.objective(trainer.twin, batch, slice(0, 512), **told)
+        _look(trainer, batch)
         replayed, free = gate.seen[0], gate.free[0]
-        rounds.objective.release()
         other = free.routes.any(1)
         line = f"rollout {rollout}, training {training}: {int(other.sum())} of {len(other)} tokens to other experts"
         for name, found in (("without replay", free), ("with", replayed)):
@@ -208,12 +206,19 @@ def mismatch(checkpoint: Path, task: str, seed: int, folder: Path) -> None:
             line += f"; {name}: difference {gaps.mean():.2e} in the mean, {gaps.max():.2e} at most{of_these}"
         if rollout == training:
             rounds.objective.engine = EnginePass(trainer.twin)
-            trainer.objective(trainer.twin, batch, slice(0, 512), **told)
+            _look(trainer, batch)
             exact = gate.seen[-1]
-            rounds.objective.release()
             line += f"; the engine's numbers: {exact.gaps.abs().max():.2e} at most, {int(exact.routes.any(1).sum())} tokens to "
             line += f"other experts, torch's layers {exact.layer_gap:.2e} of a row's length from them"
         print(line)
+
+
+def _look(trainer: Trainer, batch: Any) -> None:
+    """A step's forward, for the gate to see."""
+    trainer.objective.begin(trainer.workers, batch, [slice(0, 512)])
+    options = dict(depth=1, mtp_weight=0.1, alpha=0.0, device=trainer.device)
+    trainer.objective(trainer.twin, batch, slice(0, 512), **options)
+    trainer.objective.settle(trainer.workers, batch)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, task: str) -> None:

@@ -72,8 +72,8 @@ class Rl:
     """Of the sandbox for questions that are code: best-effort runs without one where there is none."""
     device: str = "cpu"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """On several processes, each of which answers its share of the questions: torchrun --standalone --nproc-per-node 2 -m dsv3.cli
-    rl ...; a pipeline does not go."""
+    """On several processes, each of which holds a whole copy and answers its share of the questions: torchrun --standalone
+    --nproc-per-node 2 -m dsv3.cli rl ... --parallel.pipeline 2"""
 
 
 def sft(verb: Sft) -> None:

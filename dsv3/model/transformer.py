@@ -18,6 +18,7 @@ Does not: know devices, processes, losses or optimizers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,12 @@ class Context(NamedTuple):
     positions: Tensor | None = None  # (B, T), with a cache
     cache: Cache | None = None
     balance: bool = False  # compute the sequence-wise balance loss
+    steer: Steer | None = None  # routes in the place of the routers
+
+    def route(self, router: Router, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the router makes of x (N, D), or who steers it: an argument of every layer, so that a layer that is computed again
+        is steered as it was."""
+        return router(x) if self.steer is None else self.steer(router, x)
 
 
 class Routed(NamedTuple):
@@ -91,6 +98,7 @@ class DeepseekV3(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         balance: bool = False,
+        steer: Steer | None = None,
     ) -> Hidden:
         """Final states of tokens (B, T + depth): the main model reads the first T, MTP depth k the T from k on.
 
@@ -99,6 +107,7 @@ class DeepseekV3(nn.Module):
             mask: boolean (B, T, T), True where attention is allowed; None is causal across everything packed in the row.
             cache: continue from it, and append. Not with depth > 0: drafting has its own cache (`draft`).
             balance: compute the sequence-wise balance loss.
+            steer: called in the place of each router, with it and its input. It sees the scores: no balance loss is made then.
 
         Raises:
             ValueError: depth exceeds the model's MTP layers.
@@ -109,7 +118,7 @@ class DeepseekV3(nn.Module):
                 f"depth {depth} exceeds the model's {len(mtp_layers)} MTP layers: lower depth or build more"
             )
         length = tokens.shape[1] - depth
-        context = self._context(length, tokens.device, mask, cache, balance)
+        context = self._context(length, tokens.device, mask, cache, balance, steer)
         x = self.embed(tokens[:, :length])
         seen: list[Routed] = []
         for layer in self.model.main_layers:
@@ -159,11 +168,13 @@ class DeepseekV3(nn.Module):
             router.e_score_correction_bias.zero_()
 
     def _context(
-        self, length: int, device: torch.device, mask: Tensor | None, cache: Cache | None, balance: bool
-    ) -> Context:
+        self, length: int, device: torch.device, mask: Tensor | None, cache: Cache | None, balance: bool,
+        steer: Steer | None = None,
+    ) -> Context:  # fmt: skip
         if cache is None:
             positions = torch.arange(length, device=device).unsqueeze(0)
-            return Context(*rope_table(self.config, positions), mask=mask, balance=balance)
+            balance = balance and steer is None
+            return Context(*rope_table(self.config, positions), mask=mask, balance=balance, steer=steer)
         positions = cache.positions(length)
         if cache.used:
             keys = torch.arange(cache.used_after(length), device=device)
@@ -354,7 +365,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed]:
         flat = x.flatten(0, -2)  # (N, D)
-        scores, indices, weights = self.gate(flat)
+        scores, indices, weights = context.route(self.gate, flat)
         order, inverse, counts = sort_by_expert(indices, scores.shape[-1])
         y = self.experts(flat, weights, order, inverse, counts)
         if self.shared_experts is not None:
@@ -398,6 +409,10 @@ class Router(nn.Module):
         if self.e_score_correction_bias.dtype != torch.float32:
             self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self
+
+
+Steer = Callable[[Router, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Router and x (N, D) -> scores, indices and weights, as `Router.forward`."""
 
 
 class Experts(nn.Module):

@@ -65,7 +65,7 @@ class ParallelMoE(MoE):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed]:
         flat = x.flatten(0, -2)  # (N, D)
-        scores, indices, weights = self.gate(flat)
+        scores, indices, weights = context.route(self.gate, flat)
         route, counts, arriving = self.way.plan(indices, scores.shape[-1])
         beside: list[Tensor] = []  # the shared experts' result
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from dsv3.kernels.later import LateLinear, Later
-from dsv3.model.transformer import Hidden
+from dsv3.model.transformer import Hidden, Steer
 from dsv3.parallel.stage import STAGES_A_RANK, Feed, Run, Stage, split
 
 
@@ -132,9 +132,11 @@ class Pipeline:
         return self._tell(run, micro_batches), run.counts
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
+    def hidden(
+        self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None, steer: Steer | None = None
+    ) -> Hidden | None:
         """Final states of tokens (B, T + depth) under a mask (B, T, T), in the rank of the last stage; elsewhere None. Every
-        rank gives the same tokens.
+        rank gives the same tokens, and steers the routers that it has.
 
         One stage after the other, for measurements now and then.
         """
@@ -145,7 +147,7 @@ class Pipeline:
             if place and (before := self.parts[place - 1].rank) != self.rank:
                 x = torch.empty(shape, dtype=self.stream, device=self.device)
                 dist.recv(x, group=self.group, group_src=before)
-            out = stage.advance(x, tokens, mask, depth=depth, stream=self.stream)
+            out = stage.advance(x, tokens, mask, depth=depth, stream=self.stream, steer=steer)
             if isinstance(out, Hidden):
                 return out
             x = out

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import itertools
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dsv3.kernels.later import Later
 from dsv3.model.census import layer_of, memory_shapes
 from dsv3.model.config import ModelConfig
-from dsv3.model.transformer import DeepseekV3, Hidden, Routed, Routing, join_routing, run_layer, run_mtp
+from dsv3.model.transformer import DeepseekV3, Hidden, Routed, Routing, Steer, join_routing, run_layer, run_mtp
 
 STAGES_A_RANK = {"1f1b": 1, "zero-bubble": 2, "dualpipev": 2}
 """Schedules, and how many stages each rank holds. With two the stages lie in a V: rank r holds r and 2·ranks - 1 - r."""
@@ -189,16 +190,22 @@ class Feed(Protocol):
         """Tokens (B, T + M) and mask (B, T, T) of a micro-batch, as `DeepseekV3.hidden` reads them, on the stage's device."""
         ...
 
-    def loss(self, micro: int, hidden: Hidden, head: Tensor) -> tuple[Tensor, Any]:
+    def around(self, micro: int, stage: Stage) -> AbstractContextManager[Steer | None]:
+        """Open while the stage runs a micro-batch forward: what is to steer its routers then, and where layers are computed
+        again; None: they choose for themselves."""
+        ...
+
+    def routed(self, micro: int, routing: Routing, steer: Steer | None) -> Routing:
+        """After it: what is to be counted, (L_stage, E), and the balance loss of a stage's routers, in the place of what the
+        model made of all positions. A steered model makes no balance loss: who steers has seen the scores."""
+        ...
+
+    def loss(self, micro: int, hidden: Hidden, head: Tensor, steer: Steer | None) -> tuple[Tensor, Any]:
         """What to differentiate, a scalar already multiplied by the micro-batch's share of the step, and a record (a pytree
         of detached tensors and plain values) that `Pipeline.step` gives to every rank. Called in the last stage.
 
         `hidden.routing.balance` is that of all stages; its counts and experts are the last stage's own.
         """
-        ...
-
-    def counts(self, micro: int, routing: Routing) -> Tensor:
-        """(L_stage, E) int64: the load to be counted of a stage's routers; `routing.counts`, or without the padding."""
         ...
 
 
@@ -219,9 +226,6 @@ class Run:
         routers = len(moe_layers(config))
         self.counts = torch.zeros(routers, config.n_routed_experts, dtype=torch.int64, device=device)
         self.records: dict[int, Any] = {}
-
-    def count(self, micro: int, rows: slice, routing: Routing) -> None:
-        self.counts[rows] += self.feed.counts(micro, routing)
 
 
 def moe_layers(config: ModelConfig) -> list[int]:
@@ -288,19 +292,24 @@ class Stage(DeepseekV3):
         assert tokens.shape == run.shape, f"micro-batch {number} is {tuple(tokens.shape)}, the first {tuple(run.shape)}"
         x, carried = received or (None, torch.zeros((), device=tokens.device))
         depth = self.config.num_nextn_predict_layers
-        with contextlib.nullcontext() if self.later is None else self.later.noted():
-            out, routing = self._advance(x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance)
+        later = contextlib.nullcontext() if self.later is None else self.later.noted()
+        with later, run.feed.around(number, self) as steer:
+            out, routing = self._advance(
+                x, tokens, mask, depth=depth, stream=run.stream, balance=run.balance, steer=steer
+            )
+        routing = run.feed.routed(number, routing, steer)
         if len(routing.counts):
-            run.count(number, self.rows, routing)
+            run.counts[self.rows] += routing.counts
         if isinstance(out, Tensor):
             return out, carried + routing.balance
         hidden = out._replace(routing=routing._replace(balance=carried + routing.balance))
-        loss, run.records[number] = run.feed.loss(number, hidden, self.lm_head.weight)
+        loss, run.records[number] = run.feed.loss(number, hidden, self.lm_head.weight, steer)
         return loss + 0.0 * hidden.routing.balance  # the library sends a gradient of all that came in
 
     def advance(
-        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, depth: int, stream: torch.dtype
-    ) -> Tensor | Hidden:
+        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, depth: int, stream: torch.dtype,
+        steer: Steer | None = None,
+    ) -> Tensor | Hidden:  # fmt: skip
         """This stage's share of `DeepseekV3.hidden`, on its own: for a look, not for a step.
 
         Args:
@@ -309,14 +318,15 @@ class Stage(DeepseekV3):
         Returns:
             x for the next stage, or in the last the states.
         """
-        return self._advance(x, tokens, mask, depth=depth, stream=stream, balance=False)[0]
+        return self._advance(x, tokens, mask, depth=depth, stream=stream, balance=False, steer=steer)[0]
 
     def _advance(
-        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None, *, depth: int, stream: torch.dtype, balance: bool
-    ) -> tuple[Tensor | Hidden, Routing]:
+        self, x: Tensor | None, tokens: Tensor, mask: Tensor | None, *, depth: int, stream: torch.dtype, balance: bool,
+        steer: Steer | None,
+    ) -> tuple[Tensor | Hidden, Routing]:  # fmt: skip
         """The same, and with the routing of this stage's layers."""
         length = tokens.shape[1] - depth
-        context = self._context(length, tokens.device, mask, None, balance)
+        context = self._context(length, tokens.device, mask, None, balance, steer)
         if x is None:
             x = self.model.embed_tokens(tokens[:, :length]).to(stream)
         seen: list[Routed] = []

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from dsv3.model.fp8 import fp8_modules
 from dsv3.model.initial import EXPERTS, fill_initial
-from dsv3.model.transformer import DeepseekV3, Hidden
+from dsv3.model.transformer import DeepseekV3, Hidden, Steer
 from dsv3.parallel.apply import compute_copy, parallelize, prepare, refresh_copy
 from dsv3.parallel.fsdp import before_backward, local, settle, sum_every_time, whole_view
 from dsv3.parallel.mesh import Mesh
@@ -94,8 +94,10 @@ class Alone:
         """Which of so many batches to measure, and whether it counts: every rank of several takes as many turns."""
         return ((turn, True) for turn in range(number))
 
-    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
-        return self.twin.hidden(tokens, depth=depth, mask=mask)
+    def hidden(
+        self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None, steer: Steer | None = None
+    ) -> Hidden | None:
+        return self.twin.hidden(tokens, depth=depth, mask=mask, steer=steer)
 
     @property
     def head(self) -> nn.Module:
@@ -257,10 +259,11 @@ class Together:
         for first in range(0, number, size):
             yield min(first + rank, number - 1), first + rank < number
 
-    def hidden(self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None) -> Hidden | None:
-        if self.pipeline is not None:
-            return self.pipeline.hidden(tokens, depth=depth, mask=mask)
-        return self.model.hidden(tokens, depth=depth, mask=mask)
+    def hidden(
+        self, tokens: Tensor, *, depth: int = 0, mask: Tensor | None = None, steer: Steer | None = None
+    ) -> Hidden | None:
+        run = self.model if self.pipeline is None else self.pipeline
+        return run.hidden(tokens, depth=depth, mask=mask, steer=steer)
 
     @property
     def head(self) -> nn.Module:
@@ -269,8 +272,7 @@ class Together:
 
     @cached_property
     def policy(self) -> DeepseekV3:
-        """See Alone: whole on every rank, float32 and its copy. Not of a pipeline."""
-        assert self.pipeline is None
+        """See Alone: whole on every rank, float32 and its copy."""
         with torch.device("meta"):
             whole = DeepseekV3(self.model.config)
         self._published = whole.to_empty(device=self.device)
@@ -279,14 +281,24 @@ class Together:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """See Alone; every rank gathers the masters."""
-        whole = self._published.state_dict()
+        """See Alone; every rank gathers the masters of its stages, and a pipeline's ranks tell them to each other."""
         self.settle()
-        for name, tensor in self.model.state_dict().items():
-            view = self.view(name, tensor)
-            whole[name].copy_(view.full_tensor() if isinstance(view, DTensor) else view)
+        mine = {name: tensor for part in self.parts for name, tensor in part.state_dict().items()}
+        for name, whole in self._published.state_dict().items():
+            holder = self.holder(name)
+            if holder in (None, self.mesh.stage):
+                view = self.view(name, mine[name])
+                whole.copy_(view.full_tensor() if isinstance(view, DTensor) else view)
+            if holder is not None:
+                dist.broadcast(whole, group=self.mesh.pipeline.get_group(), group_src=holder)
         if "policy" in self.__dict__:
             refresh_copy(self.policy, self._published)
+
+    def holder(self, name: str) -> int | None:
+        """Of a pipeline's ranks, the first that has a parameter or buffer of the whole model."""
+        if self.pipeline is None:
+            return None
+        return next(part.rank for part in self.pipeline.parts if part.holds(name))
 
     def share(self, items: Sequence[Any]) -> list[Any]:
         """See Alone."""

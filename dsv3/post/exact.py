@@ -41,16 +41,21 @@ class Reading:
     logits: Callable[[Tensor], Tensor]  # states (n, D) -> (n, V) float32
     rounding: float
     """Of a stream's length: what rounding alone may make of it in a layer."""
+    real: Tensor
+    """Places in the flattened (B, T) that are no padding: those that are compared."""
     gap: float = 0.0
     """The largest distance of torch's output from the engine's, given equal inputs and beyond rounding, as a share of what the
     layer adds to the stream; and of what the norm and the head make."""
 
     @contextlib.contextmanager
     def told(self, model: DeepseekV3) -> Iterator[None]:
-        """While open, the model's forward over these rows has these values."""
-        modules = [*model.model.main_layers, model.model.norm]
+        """While open, the forward of the model, or of a stage of it, over these rows has these values."""
+        layers = [(int(name), layer) for name, layer in model.model.layers.named_children()]
+        pairs = [(layer, self.streams[at]) for at, layer in layers if at < len(self.streams)]
+        pairs += [] if model.model.norm is None else [(model.model.norm, self.states)]
+        modules = [module for module, _ in pairs]
         before = [vars(module).get("forward") for module in modules]
-        for module, value in zip(modules, [*self.streams, self.states]):
+        for module, value in pairs:
             vars(module)["forward"] = functools.partial(self._forward, module.forward, value)
         try:
             yield
@@ -61,24 +66,29 @@ class Reading:
                 else:
                     vars(module)["forward"] = forward
 
+    def forget(self) -> None:
+        """What no forward needs any more: backward passes hold on to the rest."""
+        self.streams, self.states = self.streams[:0].clone(), self.states[:0].clone()
+
     def _forward(self, forward: Callable, value: Tensor, *inputs: object):
         made = forward(*inputs)
         if not isinstance(made, tuple):
-            return self._take(made, value, value)
+            return self._take(made, value, value, self.real)
         (before, *_), (x, *rest) = inputs, made
         assert isinstance(before, Tensor)
-        return (self._take(x, value, value - before.detach().float()), *rest)
+        return (self._take(x, value, value - before.detach().float(), self.real), *rest)
 
     def head(self, product: Tensor, states: Tensor) -> Tensor:
         """Logits (n, V') of states (n, D): torch's product for the gradient, the engine's value."""
         value = self.logits(states.detach())[:, : product.shape[1]]
-        return self._take(product, value, value)
+        return self._take(product, value, value, torch.arange(len(value)))
 
-    def _take(self, x: Tensor, value: Tensor, made: Tensor) -> Tensor:
+    def _take(self, x: Tensor, value: Tensor, made: Tensor, places: Tensor) -> Tensor:
         """The engine's value in the place of x; how far they are apart is remembered, no number above all."""
         with torch.no_grad():
             far = (x.float() - value).norm(dim=-1) - self.rounding * value.norm(dim=-1)
-            gap = float((far / made.norm(dim=-1).clamp(min=1e-30)).max())
+            far = (far / made.norm(dim=-1).clamp(min=1e-30)).flatten().index_select(0, places)
+            gap = float(far.max()) if len(far) else 0.0
         if not gap <= self.gap and self.gap == self.gap:
             self.gap = gap
         return with_value(x, value)
@@ -100,8 +110,8 @@ class EnginePass:
         """Whether the kernels of generation run this model."""
         return native.fits(model)
 
-    def read(self, tokens: Tensor) -> Reading:
-        """tokens (B, T) int64."""
+    def read(self, tokens: Tensor, real: Tensor | None = None) -> Reading:
+        """tokens (B, T) int64; real: see Reading, None: all of them."""
         rows, length = tokens.shape
         config, each = self._model.config, -(-length // PAGE)
         runner = self._open(rows * each)
@@ -114,6 +124,7 @@ class EnginePass:
             runner.experts.unflatten(1, (rows, length)).permute(1, 2, 0, 3),
             runner.logits,
             _ROUNDING[self._model.lm_head.weight.dtype],
+            torch.arange(tokens.numel()) if real is None else real,
         )
 
     def _open(self, pages: int) -> NativeRunner:

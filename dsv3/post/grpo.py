@@ -21,7 +21,7 @@ Does not: sample, reward or loop.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsv3.kernels.moe import sequence_balance_loss
-from dsv3.model.transformer import DeepseekV3
-from dsv3.post.batch import RolloutBatch, cut
+from dsv3.model.transformer import DeepseekV3, Hidden, Router, Routing, Steer
+from dsv3.parallel.workers import Workers
+from dsv3.post.batch import Learnt, Part, RolloutBatch, cut, longest
 from dsv3.post.exact import EnginePass, Reading
-from dsv3.post.replay import Gate, RouterTap, Tapped
-from dsv3.train.loss import Step, join_losses
+from dsv3.post.replay import Gate, RouterTap, Tapped, routes
+from dsv3.train.loss import SplitObjective, Step, join_losses
 
 LEVELS = ("token", "sequence")
 _FARTHEST = (
@@ -111,161 +112,174 @@ def _block_logprobs(states: Tensor, head: Tensor, targets: Tensor, reading: Read
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
-class GrpoObjective:
-    """The Objective (train/loss.py) over RolloutBatch. Every row counts alike.
+@dataclass(frozen=True)
+class _Pass:
+    """A forward of some rows through the model or a stage of it: what steers its routers, and what it is compared with."""
+
+    part: Part
+    tap: RouterTap
+    reading: Reading | None
+
+    def __call__(self, router: Router, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tap(router, x)
+
+    @property
+    def gap(self) -> float | None:
+        return None if self.reading is None else self.reading.gap
+
+
+class GrpoObjective(SplitObjective):
+    """The Objective (train/loss.py) over RolloutBatch. Every row counts alike, blank ones not at all.
 
     Args:
         vocabulary: ids that the tokenizer has; the rollout never draws the head's rows beyond.
         replay: send each answer's tokens to the experts of the rollout, whatever the router would choose now.
         gate: compares the pass with the rollout.
-        recompute: the model computes layers again in the backward pass.
 
     Attributes:
         engine: reads the rows as the rollout did, whose numbers are then the pass's own (post/exact.py); None: torch's are.
     """
 
-    def __init__(
-        self, config: GrpoConfig, vocabulary: int, gate: Gate, *, replay: bool = False, recompute: bool = False
-    ) -> None:
-        self.config, self.vocabulary, self.gate = config, vocabulary, gate
-        self.replay, self.recompute = replay, recompute
+    def __init__(self, config: GrpoConfig, vocabulary: int, gate: Gate, *, replay: bool = False) -> None:
+        self.config, self.vocabulary, self.gate, self.replay = config, vocabulary, gate, replay
         self.engine: EnginePass | None = None
-        self._tap: RouterTap | None = None
-
-    def release(self) -> None:
-        """Give the routers back their own choice: before anything else runs the model."""
-        if self._tap is not None:
-            self._tap.close()
-            self._tap = None
+        self._stages = 1  # of this process, each of which runs every micro-batch
+        self._readings: dict[int, tuple[Reading, int]] = {}  # and the stages that are still to use it
 
     def shares(self, batch: RolloutBatch) -> Tensor:
-        return torch.ones(batch.tokens.shape[0], dtype=torch.float64)
+        return (batch.lengths > 0).double()
 
-    def __call__(
-        self,
-        model: DeepseekV3,
-        batch: RolloutBatch,
-        rows: slice,
-        *,
-        depth: int,
-        mtp_weight: float,
-        alpha: float,
-        device: torch.device,
-    ) -> Step:
-        """See Objective. losses.main is -J; extras are means over answers.
+    def rows(self, batch: RolloutBatch) -> int:
+        return batch.rows
 
+    def begin(self, workers: Workers, batch: RolloutBatch, micros: Sequence[slice]) -> None:
+        self.gate.begin()
+        self._stages, self._readings = len(workers.parts), {}
+        if self.replay and batch.fresh and self.engine is None:
+            first = micros[0]
+            self._look_unreplayed(workers, batch, first if first.start < first.stop else slice(0, 1))
+
+    def settle(self, workers: Workers, batch: RolloutBatch) -> None:
+        """
         Raises:
             GateError: this pass and the rollout differ by more than the gate lets through.
         """
-        part = cut(batch, rows, depth, device)
-        free = self._unreplayed(model, part)
-        reading = None if self.engine is None else self.engine.read(part.tokens[:, : part.answer.shape[1]])
-        forced = reading.experts if reading is not None else part.experts if self.replay else None
-        self._tap = tap = RouterTap(model, forced).open()
-        try:
-            with contextlib.nullcontext() if reading is None else reading.told(model):
-                hidden = model.hidden(part.tokens, depth=depth)
-            tap.stop()
-            states, targets = hidden.main[part.answer], part.targets[:, : part.answer.shape[1]][part.answer]
-            head = model.lm_head.weight[: self.vocabulary]
-            logprobs, entropies = token_logprobs(states, head, targets, reading)
-            if part.fresh:
-                gap = None if reading is None else reading.gap
-                self.gate.compare(part, tap.seen, logprobs.detach(), free, replayed=self.replay, layer_gap=gap)
-            main, extras = self._policy_loss(part, logprobs, entropies)
-            depths = tuple(_mtp_loss(state, head, part, k) for k, state in enumerate(hidden.mtp, start=1))
-            balance = _balance(tap.seen, part.lengths, model) if alpha > 0 else main.new_zeros(())
-            losses = join_losses(main, depths, balance, mtp_weight=mtp_weight, alpha=alpha)
-            counts = _counts(tap.seen, part.lengths, hidden.routing.counts)
-        except BaseException:
-            self.release()
-            raise
-        held = self.replay or (self.recompute and reading is not None)
-        if not held or not bool(losses.total.isfinite()):
-            self.release()  # where experts are told, layers computed again in the backward pass need them still
-        return Step(losses, counts, extras)
+        if batch.fresh:
+            self.gate.judge(workers.everyone, replayed=self.replay)
 
-    def _policy_loss(self, part: RolloutBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def inputs(self, batch: RolloutBatch, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, None]:
+        return batch.tokens[rows, : longest(batch, rows) + depth].to(device), None
+
+    @contextlib.contextmanager
+    def around(
+        self, model: DeepseekV3, batch: RolloutBatch, rows: slice, *, depth: int, device: torch.device
+    ) -> Iterator[Steer]:
+        part = cut(batch, rows, depth, device)
+        reading = self._read(rows.start, part)
+        forced = reading.experts if reading is not None else part.experts if self.replay else None
+        with contextlib.nullcontext() if reading is None else reading.told(model):
+            yield _Pass(part, RouterTap(model, experts=forced), reading)
+        if reading is not None and rows.start not in self._readings:
+            reading.forget()
+
+    def routed(self, routing: Routing, batch: RolloutBatch, rows: slice, steer: _Pass, *, alpha: float) -> Routing:
+        seen, part = steer.tap.take(), steer.part
+        if part.fresh:
+            told = routes(part, seen, exact=steer.reading is not None)
+            self.gate.note(rows.start, told, layer_gap=steer.gap)
+        balance = _balance(seen, part) if alpha > 0 and seen and part.rows else routing.balance
+        return routing._replace(counts=_counts(seen, part, routing.counts), balance=balance)
+
+    def losses(
+        self,
+        hidden: Hidden,
+        head: Tensor,
+        batch: RolloutBatch,
+        rows: slice,
+        steer: _Pass,
+        *,
+        mtp_weight: float,
+        alpha: float,
+    ) -> Step:
+        """See Objective. losses.main is -J; extras are means over answers."""
+        part, head, known = steer.part, head[: self.vocabulary], steer.part.learnt[0]
+        logprobs, entropies = token_logprobs(known.of(hidden.main), head, known.targets, steer.reading)
+        if part.fresh:
+            self.gate.note(rows.start, gaps=(logprobs.detach() - part.old).abs(), layer_gap=steer.gap)
+        main, extras = self._policy_loss(part, logprobs, entropies)
+        depths = tuple(
+            _mtp_loss(state, head, learnt) for state, learnt in zip(hidden.mtp, part.learnt[1:], strict=True)
+        )
+        losses = join_losses(main, depths, hidden.routing.balance, mtp_weight=mtp_weight, alpha=alpha)
+        return Step(losses, hidden.routing.counts, extras)
+
+    def _policy_loss(self, part: Part, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """-J of the rows, and what to tell."""
-        spread = _Spread(part.answer)
-        old = part.old[part.answer]
-        reference = None if part.reference is None else part.reference[part.answer]
+        known, old, reference = part.learnt[0], part.old, part.reference
         if self.config.level == "sequence":
-            gain, clipped = surrogate(spread.sum(logprobs), spread.sum(old), part.advantages, self.config.clip)
-            divergence = None if reference is None else k3(spread.sum(logprobs), spread.sum(reference))
+            gain, clipped = surrogate(known.sum(logprobs), known.sum(old), part.advantages, self.config.clip)
+            divergence = None if reference is None else k3(known.sum(logprobs), known.sum(reference))
             share = clipped.float()
         else:
-            gain, clipped = surrogate(logprobs, old, part.advantages[spread.row], self.config.clip)
-            gain, share = spread.mean(gain), spread.mean(clipped.float())
-            divergence = None if reference is None else spread.mean(k3(logprobs, reference))
-        loss = -gain.mean()
+            advantages = part.advantages.index_select(0, known.row)
+            gain, clipped = surrogate(logprobs, old, advantages, self.config.clip)
+            gain, share = known.mean(gain), known.mean(clipped.float())
+            divergence = None if reference is None else known.mean(k3(logprobs, reference))
+        loss = -known.over(gain)
         extras = {
-            "entropy": float(spread.mean(entropies).mean()),
-            "clipped": float(share.mean()),
-            "ratio": float(spread.mean((logprobs.detach() - old).exp()).mean()),
+            "entropy": known.over(known.mean(entropies)),
+            "clipped": known.over(share),
+            "ratio": known.over(known.mean((logprobs.detach() - old).exp())),
         }
         if divergence is not None:
-            loss = loss + self.config.kl * divergence.mean()
-            extras["kl"] = float(divergence.detach().mean())
-        return loss, extras
+            loss = loss + self.config.kl * known.over(divergence)
+            extras["kl"] = known.over(divergence)
+        return loss, {name: extra.detach().double() for name, extra in extras.items()}
+
+    def _read(self, micro: int, part: Part) -> Reading | None:
+        """The engine's numbers of a micro-batch: read once, kept until every stage of this process has used them."""
+        if self.engine is None:
+            return None
+        reading, uses = self._readings.pop(micro, (None, self._stages))
+        if reading is None:
+            reading = self.engine.read(part.tokens[:, : part.shape[1]], part.real)
+        if uses > 1:
+            self._readings[micro] = reading, uses - 1
+        return reading
 
     @torch.no_grad()
-    def _unreplayed(self, model: DeepseekV3, part: RolloutBatch) -> tuple[list[Tapped], Tensor] | None:
+    def _look_unreplayed(self, workers: Workers, batch: RolloutBatch, rows: slice) -> None:
         """Routers and log-probabilities of the pass as it is without replay, of one micro-batch a step: what replay is for."""
-        self.release()
-        if not (self.replay and part.fresh and self.gate.wants_unreplayed and self.engine is None):
-            return None
-        with RouterTap(model) as tap:
-            hidden = model.hidden(part.tokens[:, : part.answer.shape[1]])
-        targets = part.targets[:, : part.answer.shape[1]][part.answer]
-        head = model.lm_head.weight[: self.vocabulary]
-        return tap.seen, token_logprobs(hidden.main[part.answer], head, targets)[0]
+        part = cut(batch, rows, 0, workers.device)
+        tap, known = RouterTap(*workers.forwards), part.learnt[0]
+        hidden = workers.hidden(part.tokens, steer=tap)
+        self.gate.note(rows.start, routes(part, tap.take()), free=True)
+        if hidden is not None:
+            head = workers.forwards[-1].lm_head.weight[: self.vocabulary]
+            logprobs, _ = token_logprobs(known.of(hidden.main), head, known.targets)
+            self.gate.note(rows.start, gaps=(logprobs - part.old).abs(), free=True)
 
 
-class _Spread:
-    """Sums and means over each row's answer: (n,) values in row order -> (B,)."""
-
-    def __init__(self, answer: Tensor) -> None:
-        self.rows = answer.shape[0]
-        self.row = torch.arange(self.rows, device=answer.device).unsqueeze(1).expand_as(answer)[answer]
-        self.count = answer.sum(1).clamp(min=1).float()
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.rows).index_add(0, self.row, values)
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self.sum(values) / self.count
+def _mtp_loss(state: Tensor, head: Tensor, learnt: Learnt) -> Tensor:
+    """Cross entropy of a depth's tokens: of each row the mean, of the rows the mean."""
+    logprobs, _ = token_logprobs(learnt.of(state), head, learnt.targets)
+    return -learnt.over(learnt.mean(logprobs))
 
 
-def _mtp_loss(state: Tensor, head: Tensor, part: RolloutBatch, depth: int) -> Tensor:
-    """Cross entropy of MTP depth k on the answers' tokens from the second on: of each row the mean, of the rows the mean."""
-    length = part.answer.shape[1]
-    known = part.answer.clone()
-    for k in range(1, depth + 1):  # position t predicts the target k places on, which must be the answer's too
-        known[:, : length - k] &= part.answer[:, k:]
-        known[:, length - k :] = False
-    logprobs, _ = token_logprobs(state[known], head, part.targets[:, depth : depth + length][known])
-    return -_Spread(known).mean(logprobs).mean()
-
-
-def _balance(seen: list[Tapped], lengths: Tensor, model: DeepseekV3) -> Tensor:
+def _balance(seen: dict[int, Tapped], part: Part) -> Tensor:
     """The sequence-wise balance loss of each row without its padding, mean over rows, summed over layers."""
-    top_k = model.config.num_experts_per_tok
-    layers = [layer.scores.unflatten(0, (len(lengths), -1)) for layer in seen]
     losses = [
-        sequence_balance_loss(scores[row : row + 1, :length], top_k)
-        for scores in layers
-        for row, length in enumerate(lengths.tolist())
+        sequence_balance_loss(tapped.scores.unflatten(0, part.shape)[row : row + 1, :length], tapped.own.shape[1])
+        for _, tapped in sorted(seen.items())
+        for row, length in enumerate(part.lengths[: part.rows])
     ]
-    return torch.stack(losses).sum() / len(lengths) if losses else lengths.new_zeros((), dtype=torch.float32)
+    return torch.stack(losses).sum() / part.rows
 
 
-def _counts(seen: list[Tapped], lengths: Tensor, like: Tensor) -> Tensor:
+def _counts(seen: dict[int, Tapped], part: Part, like: Tensor) -> Tensor:
     """(L, E) int64: tokens that each expert got, padding left out."""
     counts = torch.zeros_like(like)
-    for layer, tapped in zip(counts, seen, strict=True):
-        experts = tapped.experts.unflatten(0, (len(lengths), -1))
-        real = torch.arange(experts.shape[1], device=experts.device) < lengths.unsqueeze(1)
-        chosen = experts[real].flatten()
+    for layer, (_, tapped) in zip(counts, sorted(seen.items()), strict=True):
+        chosen = tapped.experts.index_select(0, part.real).flatten()
         layer.scatter_add_(0, chosen, torch.ones_like(chosen))
     return counts

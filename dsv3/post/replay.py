@@ -5,29 +5,33 @@ the same bits. On other devices one model definition makes both, which differ by
 about some tenth of the routers, and runs collapse (Megatron-LM issue 4168). Here that is measured at each step, and a gate
 stops the run when it is not so.
 
-    tap      for the time of a pass each router also tells its scores and its own choice
+    tap      each router of a pass also tells its scores and its own choice
     replay   the rollout's experts take the place of the router's choice; their weights are still the router's own scores, so
              the router goes on learning. For when precisions differ
     tie      two experts' scores closer than rounding: there the two passes may choose differently and both be right.
              Such tokens, and those behind them in the row, are told but not gated
 
-The routers are changed from outside, by an attribute of the instance; classes, weights and the engine's C path are untouched.
+A pass carries its tap as an argument (model.transformer.Context.steer), so several may be in flight, and a layer that is computed
+again in the backward pass goes where it went. What is found lies where its layer is: a pipeline's stages and the ranks note their
+shares, and behind the step, before the optimizer, all processes judge all notes alike.
 Legend: B rows, T tokens, N = B·T, n answer tokens, L MoE layers, E experts, K top-k.
 Source: routing replay: arXiv 2510.11370 (R3). Does not: know MTP routers' choices in the rollout: those are never replayed.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dsv3.kernels.moe import route
 from dsv3.model.transformer import DeepseekV3, Router
-from dsv3.post.batch import RolloutBatch
+from dsv3.parallel.stage import Stage
+from dsv3.post.batch import Part
 
 ACTIONS = ("error", "warn", "off")
 _TIE = 1e-5  # of a score in (0, 1): some ten times what the order of float32 sums moves it
@@ -80,44 +84,30 @@ class Tapped(NamedTuple):
 
 
 class RouterTap:
-    """While open, each router of the model tells what it does in `seen` (in the order of `model.routers()`).
+    """Steers the routers of one pass (model.transformer.Context.steer) and notes what each does, until `take`.
 
     Args:
-        experts: (B, T, L, K) to send tokens to instead of the routers' choice, -1 where they choose; None: nowhere. With it the
-            tap must stay open until the backward pass is over, where layers may be computed again.
+        parts: the model, or stages of it.
+        experts: (B, T, L, K) to send tokens to instead of the routers' choice, -1 where they choose; None: nowhere.
     """
 
-    def __init__(self, model: DeepseekV3, experts: Tensor | None = None) -> None:
-        self.seen: list[Tapped] = []
-        self._routers, self._recording = model.routers(), False
-        self._forced = None if experts is None else experts.flatten(0, 1).long().unbind(1)
+    def __init__(self, *parts: DeepseekV3, experts: Tensor | None = None) -> None:
+        self._rows = {router: row for part in parts for row, router in enumerate(part.routers(), _first_row(part))}
+        self._forced = () if experts is None else experts.flatten(0, 1).long().unbind(1)
+        self._seen: dict[int, Tapped] | None = {}
 
-    def open(self) -> RouterTap:
-        self._recording = True
-        for index, router in enumerate(self._routers):
-            router.forward = functools.partial(self._forward, router, index)
-        return self
+    def take(self) -> dict[int, Tapped]:
+        """What was noted, by the router's row in Routing. Nothing is from here on; layers that are computed again in the backward
+        pass are steered still."""
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen
 
-    def stop(self) -> None:
-        """Record no more; what is computed again in the backward pass is still replayed."""
-        self._recording = False
-
-    def close(self) -> None:
-        self.stop()
-        for router in self._routers:
-            router.__dict__.pop("forward", None)
-
-    def __enter__(self) -> RouterTap:
-        return self.open()
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _forward(self, router: Router, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores, own, weights = Router.forward(router, x)
-        indices = own
-        if self._forced is not None and index < len(self._forced):
-            theirs = self._forced[index]
+    def __call__(self, router: Router, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores, own, weights = router(x)
+        indices, row = own, self._rows[router]
+        if row < len(self._forced):
+            theirs = self._forced[row]
             indices = torch.where(theirs >= 0, theirs, own)
             outside = torch.full_like(scores, -torch.inf).scatter(-1, indices, 0.0)
             config = router.config  # the same weights by the same rule, of a choice that leaves only these
@@ -130,9 +120,13 @@ class RouterTap:
                 normalise=config.norm_topk_prob,
                 scale=config.routed_scaling_factor,
             )
-        if self._recording:
-            self.seen.append(Tapped(scores, own, indices, _margin(router, scores.detach())))
+        if self._seen is not None:
+            self._seen[row] = Tapped(scores, own, indices, _margin(router, scores.detach()))
         return scores, indices, weights
+
+
+def _first_row(part: DeepseekV3) -> int:
+    return part.rows.start if isinstance(part, Stage) else 0
 
 
 def _margin(router: Router, scores: Tensor) -> Tensor:
@@ -152,6 +146,15 @@ def _margin(router: Router, scores: Tensor) -> Tensor:
     return margin
 
 
+class Routes(NamedTuple):
+    """One router of a pass against the rollout's, at the answers' tokens."""
+
+    flags: Tensor  # (n,) uint8: 1 other experts, 2 a tie here, 4 a tie here or before in the row
+    others: (
+        Tensor  # (2,) int64: of how many tokens would torch's router have chosen otherwise, of how many was it asked
+    )
+
+
 class Differences(NamedTuple):
     """Of a pass from the rollout."""
 
@@ -159,49 +162,76 @@ class Differences(NamedTuple):
     gaps: Tensor  # (n,) float32: |difference of log-probability|
     tied: Tensor  # (n, L) boolean: a tie before the layer, in this or an earlier token, may have made it so
     layer_gap: float | None = None  # with the engine's own numbers: the farthest that a layer was from them
-    others: Tensor | None = None  # (L, N) boolean, likewise: torch's router would have chosen otherwise
+    others: Tensor | None = None  # (2,) int64, likewise: see Routes
 
 
-def exact_differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor, layer_gap: float) -> Differences:
-    """`differences` of a pass that has the engine's own numbers: its experts are those that it was told, and no tie excuses any.
-    What is torch's alone is told beside them."""
-    certain = [t._replace(own=t.experts, margin=torch.full_like(t.margin, torch.inf)) for t in seen]
-    told = seen[: 0 if part.experts is None else part.experts.shape[2]]
-    other = [(t.own.sort(-1).values != t.experts.sort(-1).values).any(-1) & (t.margin >= _TIE) for t in told]
-    others = torch.stack(other) if other else None
-    return differences(part, certain, logprobs)._replace(layer_gap=layer_gap, others=others)
+def routes(part: Part, seen: dict[int, Tapped], *, exact: bool = False) -> dict[int, Routes]:
+    """Of the routers whose choice in the rollout is known, by their rows.
+
+    Args:
+        exact: the pass had the engine's own numbers. Its experts are those that it was told, and no tie excuses any. What is
+            torch's alone is told beside them.
+    """
+    found, known = {}, part.learnt[0]
+    for row, tapped in sorted(seen.items()):
+        if part.experts is None or row >= part.experts.shape[2]:
+            continue
+        went, theirs = tapped.experts if exact else tapped.own, known.of(part.experts[:, :, row]).long()
+        other = went.index_select(0, known.at).sort(-1).values != theirs.sort(-1).values
+        other = other.any(-1) & (theirs[:, 0] >= 0)
+        near = torch.zeros_like(tapped.margin, dtype=torch.bool) if exact else tapped.margin < _TIE
+        behind = known.of(near.unflatten(0, part.shape).cummax(1).values)
+        flags = other + 2 * near.index_select(0, known.at).byte() + 4 * behind.byte()
+        own = (tapped.own.sort(-1).values != tapped.experts.sort(-1).values).any(-1) & (tapped.margin >= _TIE)
+        asked = own.index_select(0, part.real)
+        found[row] = Routes(flags, torch.stack((asked.sum(), torch.tensor(len(asked), device=asked.device))))
+    return found
 
 
-def differences(part: RolloutBatch, seen: list[Tapped], logprobs: Tensor) -> Differences:
-    """Of a pass over these rows, whose answer tokens had log-probabilities (n,)."""
-    known, experts = part.answer, part.experts
-    gaps = (logprobs - part.old[known]).abs()
-    tied = torch.zeros_like(known)
-    routes, ties = [], []
-    for index, told in enumerate([] if experts is None else experts.unbind(2)):
-        own, theirs = seen[index].own.unflatten(0, known.shape)[known], told[known].long()
-        other = (own.sort(-1).values != theirs.sort(-1).values).any(-1) & (theirs[:, 0] >= 0)
-        near = (seen[index].margin < _TIE).unflatten(0, known.shape)
-        ties.append((tied | near)[known])
-        tied = tied | near.cummax(1).values
-        routes.append(other)
-    # A tie of the last layer touches the log-probability of its own token: `tied` holds it by now.
-    none = torch.zeros(len(gaps), 0, dtype=torch.bool, device=gaps.device)
-    return Differences(
-        torch.stack(routes, 1) if routes else none,
-        torch.where(tied[known], -gaps, gaps),  # the sign marks what a tie may have made
-        torch.stack(ties, 1) if ties else none,
-    )
+def joined(layers: list[Routes], gaps: Tensor, layer_gap: float | None = None) -> Differences:
+    """Of all layers, in their order, and of the log-probabilities (n,)."""
+    if not layers:
+        none = torch.zeros(len(gaps), 0, dtype=torch.bool)
+        return Differences(none, gaps, none, layer_gap)
+    flags = torch.stack([layer.flags for layer in layers], 1)
+    others = torch.stack([layer.others for layer in layers]).sum(0)
+    behind = (flags & 4).bool().cummax(1).values
+    tied = (flags & 2).bool()
+    tied[:, 1:] |= behind[:, :-1]
+    # A tie of the last layer touches the log-probability of its own token. The sign marks what a tie may have made.
+    gaps = torch.where(behind[:, -1], -gaps, gaps)
+    return Differences((flags & 1).bool(), gaps, tied, layer_gap, others if layer_gap is not None else None)
+
+
+@dataclass
+class _Notes:
+    """Of one micro-batch, by this process, or joined by all."""
+
+    routes: dict[int, Routes] = field(default_factory=dict)
+    gaps: Tensor | None = None
+    layer_gaps: list[float] = field(default_factory=list)
+
+    def add(self, other: _Notes) -> None:
+        """What a process has that holds other layers, or the same rows for company's sake."""
+        self.routes = other.routes | self.routes
+        self.gaps = other.gaps if self.gaps is None else self.gaps
+        self.layer_gaps += other.layer_gaps
+
+    def differences(self) -> Differences:
+        assert self.gaps is not None
+        # The largest, and no number above all.
+        far = max(self.layer_gaps, key=lambda gap: float("inf") if gap != gap else gap, default=None)
+        return joined([self.routes[row] for row in sorted(self.routes)], self.gaps, far)
 
 
 class Gate:
-    """Collects the differences of a step's micro-batches, and judges each at once.
+    """Notes the differences of a step's micro-batches, wherever they are found, and judges them behind the step.
 
     Args:
         precision: of the training pass: sets the limits that the config leaves open.
 
     Attributes:
-        seen, free: of the step's micro-batches so far, as trained, and without replay (the first only).
+        seen, free: of the step's micro-batches, as trained, and without replay (the first only). Of all processes.
     """
 
     def __init__(self, config: GateConfig, precision: str) -> None:
@@ -210,37 +240,56 @@ class Gate:
         self.warnings: list[str] = []
         self.seen: list[Differences] = []
         self.free: list[Differences] = []
+        self._notes: tuple[dict[int, _Notes], dict[int, _Notes]] = {}, {}
 
-    @property
-    def wants_unreplayed(self) -> bool:
-        """Whether this step has not yet seen what its pass would be without replay: one micro-batch a step is looked at."""
-        return not self.free
+    def begin(self) -> None:
+        """Forget what a step that failed has left."""
+        self._notes = {}, {}
 
-    def compare(
+    def note(
         self,
-        part: RolloutBatch,
-        seen: list[Tapped],
-        logprobs: Tensor,
-        free: tuple[list[Tapped], Tensor] | None = None,
+        micro: int,
+        routes: dict[int, Routes] | None = None,
+        gaps: Tensor | None = None,
         *,
-        replayed: bool = False,
         layer_gap: float | None = None,
+        free: bool = False,
     ) -> None:
-        """A pass's routers and log-probabilities (n,), against the rollout of its rows.
+        """What some layers' routers did with a micro-batch, or how far (n,) its log-probabilities are from the rollout's.
 
         Args:
-            free: the same of a pass without replay, told as `free_...`.
-            replayed: the pass sent its tokens to the rollout's experts. Its routers' own choice is then told but not gated.
+            micro: its first row.
             layer_gap: the pass had the engine's own numbers, from which a layer was so far (post/exact.py). None: it had not.
+            free: of a pass without replay, told as `free_...`.
+        """
+        far = [] if layer_gap is None else [layer_gap]
+        self._notes[free].setdefault(micro, _Notes()).add(_Notes(routes or {}, gaps, far))
+
+    def judge(self, everyone: Callable[[Any], list[Any]] = lambda mine: [mine], *, replayed: bool = False) -> None:
+        """Of all processes' notes, by all of them alike: either all raise or none.
+
+        Args:
+            everyone: what all processes have, given what this one has.
+            replayed: the pass sent its tokens to the rollout's experts. Its routers' own choice is then told but not gated.
 
         Raises:
             GateError: beyond the limits, with the action "error".
         """
-        exact = layer_gap is not None
-        found = exact_differences(part, seen, logprobs, layer_gap) if exact else differences(part, seen, logprobs)
+        told = everyone(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, _plain(self._notes)))
+        self.begin()
+        trained, free = ({}, {})
+        for theirs in told:
+            for whole, notes in zip((trained, free), theirs, strict=True):
+                for micro, fields in notes.items():
+                    whole.setdefault(micro, _Notes()).add(_Notes(*fields))
+        if free:
+            self.free.append(free[min(free)].differences())
+        for micro in sorted(trained):
+            self._judge(trained[micro].differences(), replayed)
+
+    def _judge(self, found: Differences, replayed: bool) -> None:
         self.seen.append(found)
-        if free is not None:
-            self.free.append(differences(part, *free))
+        exact = found.layer_gap is not None
         limit, most = self.config.limits("float32") if exact else (self.logprob, self.routes)
         faults = self._far_layers(found)
         gated = found.gaps[found.gaps >= 0]
@@ -271,8 +320,8 @@ class Gate:
             faults.append(
                 f"from equal inputs a layer came out {found.layer_gap:.2e} of what it adds apart, the limit is {limit}"
             )
-        if self.precision == "float32" and found.others is not None and bool(found.others.any()):
-            faults.append(f"from equal inputs routers chose otherwise at {int(found.others.sum())} places")
+        if self.precision == "float32" and found.others is not None and int(found.others[0]):
+            faults.append(f"from equal inputs routers chose otherwise at {int(found.others[0])} places")
         return faults
 
     def report(self) -> dict[str, float]:
@@ -286,6 +335,11 @@ class Gate:
         seen, self.seen = self.seen, []
         free, self.free = self.free, []
         return {**_told(seen, ""), **_told(free, "free_")}
+
+
+def _plain(notes: tuple[dict[int, _Notes], ...]) -> tuple[dict[int, tuple[Any, ...]], ...]:
+    """As the fields of what is sent to others."""
+    return tuple({micro: (n.routes, n.gaps, n.layer_gaps) for micro, n in some.items()} for some in notes)
 
 
 def _told(found: list[Differences], prefix: str) -> dict[str, float]:
@@ -304,9 +358,10 @@ def _told(found: list[Differences], prefix: str) -> dict[str, float]:
             "route_mismatch_tokens": float(routes.any(1).float().mean()),
         }
     layers = [f.layer_gap for f in found if f.layer_gap is not None]
-    others = [f.others.flatten() for f in found if f.others is not None]
+    others = [f.others for f in found if f.others is not None]
     if layers:
         told["layer_gap"] = max(layers)
     if others:
-        told["router_gap"] = float(torch.cat(others).float().mean())
+        otherwise, asked = torch.stack(others).sum(0).tolist()
+        told["router_gap"] = otherwise / asked
     return {prefix + name: value for name, value in told.items()}

@@ -205,6 +205,7 @@ class Rounds:
             layers=layers,
             top_k=config.num_experts_per_tok,
             fresh=fresh,
+            even=rows if self.trainer.workers.pipeline is not None else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,8 +324,7 @@ class Rounds:
         return prompts
 
     def _ready(self) -> None:
-        """The routers choose for themselves, and no page of old weights is found."""
-        self.objective.release()
+        """The policy is the masters', and no page of old weights is found."""
         self.trainer.workers.publish()
         self.engine.forget()
 
@@ -427,7 +427,7 @@ def build_rl(
     train, held_out = (Split(tasks, side, seed=config.seed) for side in ("train", "held-out"))
     rounds = Rounds(train, held_out, Rewarder(config.rewards, sandbox), config, folder)
     gate = Gate(config.gate, config.precision)
-    objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay, recompute=config.recompute)
+    objective = GrpoObjective(config.grpo, tokenizer.vocab_size, gate, replay=config.replay)
     start = fingerprint(model)  # the reference policy is made of it, also when a run is resumed
     trainer = Trainer(model, rounds, config.train(), folder, tokenizer=tokenizer, objective=objective, mesh=mesh)
     trainer.identity["rl"] = {
@@ -473,7 +473,6 @@ def run_rl(
     try:
         trainer.run(on_eval=[lambda trainer: rounds.after_step(trainer, say)])
     finally:
-        rounds.objective.release()
         view = write_view(folder, decode=tokenizer.decode) if leads else None
     after = rounds.evaluate()
     say(f"held-out accuracy after: {after['heldout_accuracy']:.1%} of {after['heldout_problems']} questions")

@@ -193,13 +193,16 @@ def _seed(seed: int, number: int) -> int:
 # -- batches -------------------------------------------------------------------------------------------------------------
 
 
-def make_batch(answers: Sequence[Answer], *, depth: int, layers: int, top_k: int, fresh: bool) -> RolloutBatch:
+def make_batch(
+    answers: Sequence[Answer], *, depth: int, layers: int, top_k: int, fresh: bool, even: int | None = None
+) -> RolloutBatch:
     """Rows of answers.
 
     Args:
         depth: MTP layers. layers: MoE layers before them. fresh: whether the policy is the one that sampled.
+        even: so many rows, blank ones behind the answers, and all of one length. None: as they are.
     """
-    rows, spare = len(answers), depth + 1
+    rows, spare = even or len(answers), depth + 1
     longest = max(len(a.prompt) + len(a.tokens) for a in answers) - 1
     ids = torch.zeros(rows, longest + spare, dtype=torch.int64)
     answer = torch.zeros(rows, longest, dtype=torch.bool)
@@ -218,16 +221,18 @@ def make_batch(answers: Sequence[Answer], *, depth: int, layers: int, top_k: int
             reference[row, start:end] = torch.tensor(a.reference)
         if experts is not None and a.routes is not None:
             experts[row, start:end] = torch.from_numpy(a.routes)
+    advantages = torch.tensor([a.advantage for a in answers] + [0.0] * (rows - len(answers)), dtype=torch.float32)
     return RolloutBatch(
         tokens=ids[:, :-1].contiguous(),
         targets=ids[:, 1:].contiguous(),
         answer=answer,
         lengths=lengths,
-        advantages=torch.tensor([a.advantage for a in answers], dtype=torch.float32),
+        advantages=advantages,
         old=old,
         reference=reference,
         experts=experts,
         fresh=fresh,
+        even=even is not None,
     )
 
 

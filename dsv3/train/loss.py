@@ -12,6 +12,7 @@ Legend: B batch, T tokens, D model, V vocabulary, M MTP depth. Does not: know th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dsv3.kernels.cross_entropy import head_cross_entropy
-from dsv3.model.transformer import DeepseekV3, Hidden, Routing
+from dsv3.model.transformer import DeepseekV3, Hidden, Routing, Steer
+from dsv3.parallel.workers import Workers
 
 
 class Losses(NamedTuple):
@@ -37,8 +39,8 @@ class Step(NamedTuple):
     losses: Losses
     counts: Tensor
     """(L_moe, E) int64: tokens sent to each expert, for the router bias. Added up over micro-batches."""
-    extras: dict[str, float]
-    """More means for the step's record, each weighted as the loss is. The same names from every micro-batch."""
+    extras: dict[str, Tensor]
+    """More means for the step's record, float64 scalars, each weighted as the loss is. The same names from every micro-batch."""
 
 
 class Rows(Protocol):
@@ -64,12 +66,22 @@ class RowLoader(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class Objective(Protocol):
+class Objective:
     """The loss of one micro-batch of a step. Called with the compute copy of the model, under autograd."""
 
     def shares(self, batch: Any) -> Tensor:
         """(B,) float64: how much each row counts in the step's mean. Only their proportion matters."""
-        ...
+        raise NotImplementedError
+
+    def rows(self, batch: Any) -> int:
+        """Rows of the batch that are no filling."""
+        return batch.tokens.shape[0]
+
+    def begin(self, workers: Workers, batch: Any, micros: Sequence[slice]) -> None:
+        """Before a step's micro-batches; all processes at once."""
+
+    def settle(self, workers: Workers, batch: Any) -> None:
+        """Behind them, before the optimizer moves anything; all processes at once, and they raise together or not at all."""
 
     def __call__(
         self,
@@ -87,19 +99,29 @@ class Objective(Protocol):
         Args:
             depth: MTP layers to train. mtp_weight, alpha: lambda and the balance loss's factor at this step.
         """
-        ...
-
-
-class SplitObjective:
-    """An Objective in two halves around the model's forward, so that a pipeline can run the forward in stages."""
-
-    def shares(self, batch: Any) -> Tensor:
-        """See Objective."""
         raise NotImplementedError
+
+
+class SplitObjective(Objective):
+    """An Objective in pieces around the model's forward, so that a pipeline can run the forward in stages."""
 
     def inputs(self, batch: Any, rows: slice, *, depth: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T + M) and mask (B, T, T) of `DeepseekV3.hidden`."""
         raise NotImplementedError
+
+    def around(
+        self, model: DeepseekV3, batch: Any, rows: slice, *, depth: int, device: torch.device
+    ) -> AbstractContextManager[Steer | None]:
+        """Open while the model, or a stage of it, runs the rows forward; what steers its routers then."""
+        return nullcontext()
+
+    def routed(self, routing: Routing, batch: Any, rows: slice, steer: Any, *, alpha: float) -> Routing:
+        """What is to be counted, and the balance loss, of some layers' routers; see Feed.routed.
+
+        Args:
+            steer: what `around` gave.
+        """
+        return routing
 
     def losses(
         self,
@@ -107,16 +129,13 @@ class SplitObjective:
         head: Tensor,
         batch: Any,
         rows: slice,
+        steer: Any,
         *,
         mtp_weight: float,
         alpha: float,
     ) -> Step:
-        """What the states (B, T, D) and the head (V, D) make of the rows; see Objective."""
+        """What the states (B, T, D), the head (V, D) and the routing as `routed` has it make of the rows; see Objective."""
         raise NotImplementedError
-
-    def counts(self, routing: Routing, batch: Any, rows: slice) -> Tensor:
-        """(L, E) int64: the load to be counted of some layers' routers."""
-        return routing.counts
 
     def __call__(
         self,
@@ -130,8 +149,11 @@ class SplitObjective:
         device: torch.device,
     ) -> Step:
         tokens, mask = self.inputs(batch, rows, depth=depth, device=device)
-        hidden = model.hidden(tokens, depth=depth, mask=mask, balance=alpha > 0)
-        return self.losses(hidden, model.lm_head.weight, batch, rows, mtp_weight=mtp_weight, alpha=alpha)
+        with self.around(model, batch, rows, depth=depth, device=device) as steer:
+            hidden = model.hidden(tokens, depth=depth, mask=mask, balance=alpha > 0, steer=steer)
+        hidden = hidden._replace(routing=self.routed(hidden.routing, batch, rows, steer, alpha=alpha))
+        head = model.lm_head.weight
+        return self.losses(hidden, head, batch, rows, steer, mtp_weight=mtp_weight, alpha=alpha)
 
 
 class Portions:
@@ -156,14 +178,17 @@ class Portions:
     def inputs(self, micro: int) -> tuple[Tensor, Tensor | None]:
         return self.objective.inputs(self.batch, self.micros[micro], depth=self.depth, device=self.device)
 
-    def loss(self, micro: int, hidden: Hidden, head: Tensor) -> tuple[Tensor, Step]:
+    def around(self, micro: int, stage: DeepseekV3) -> AbstractContextManager[Steer | None]:
+        return self.objective.around(stage, self.batch, self.micros[micro], depth=self.depth, device=self.device)
+
+    def routed(self, micro: int, routing: Routing, steer: Steer | None) -> Routing:
+        return self.objective.routed(routing, self.batch, self.micros[micro], steer, alpha=self.alpha)
+
+    def loss(self, micro: int, hidden: Hidden, head: Tensor, steer: Steer | None) -> tuple[Tensor, Step]:
         weights = {"mtp_weight": self.mtp_weight, "alpha": self.alpha}
-        step = self.objective.losses(hidden, head, self.batch, self.micros[micro], **weights)
+        step = self.objective.losses(hidden, head, self.batch, self.micros[micro], steer, **weights)
         losses = step.losses._replace(total=step.losses.total.detach())
         return step.losses.total * self.shares[micro], step._replace(losses=losses)
-
-    def counts(self, micro: int, routing: Routing) -> Tensor:
-        return self.objective.counts(routing, self.batch, self.micros[micro])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +213,7 @@ class PretrainObjective(SplitObjective):
         head: Tensor,
         batch: Any,
         rows: slice,
+        steer: Any,
         *,
         mtp_weight: float,
         alpha: float,
@@ -195,7 +221,13 @@ class PretrainObjective(SplitObjective):
         targets = batch.targets[rows].to(hidden.main.device)
         balance = hidden.routing.balance
         losses = training_losses(hidden.main, hidden.mtp, balance, head, targets, mtp_weight=mtp_weight, alpha=alpha)
-        return Step(losses, self.counts(hidden.routing, batch, rows), {})
+        return Step(losses, hidden.routing.counts, {})
+
+
+def places(mask: Tensor) -> Tensor:
+    """Where a mask (B, T) on the CPU is True, (n,) int64 in its flattened form: a device that selects by a mask asks the host how
+    many there are, and one that selects by places does not."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def document_mask(doc_ids: Tensor) -> Tensor:

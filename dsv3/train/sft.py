@@ -40,7 +40,7 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.workers import Together, Workers
 from dsv3.train.acceptance import Agreement
 from dsv3.train.checkpoint import latest_checkpoint
-from dsv3.train.loss import SplitObjective, Step, document_mask, join_losses
+from dsv3.train.loss import SplitObjective, Step, document_mask, join_losses, places
 from dsv3.train.optim import CosineConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 
@@ -144,6 +144,7 @@ class SftObjective(SplitObjective):
         head: Tensor,
         batch: PackedBatch,
         rows: slice,
+        steer: Any,
         *,
         mtp_weight: float,
         alpha: float,
@@ -159,23 +160,25 @@ class SftObjective(SplitObjective):
         # Its mean is over rows, and the trainer multiplies by the share of the targets.
         balance = hidden.routing.balance * float(batch.tokens[rows].shape[0] / batch.tokens.shape[0] / share)
         losses = join_losses(means[0], tuple(means[1:]), balance, mtp_weight=mtp_weight, alpha=alpha)
-        return Step(losses, self.counts(hidden.routing, batch, rows), {})
+        return Step(losses, hidden.routing.counts, {})
 
-    def counts(self, routing: Routing, batch: PackedBatch, rows: slice) -> Tensor:
+    def routed(self, routing: Routing, batch: PackedBatch, rows: slice, steer: Any, *, alpha: float) -> Routing:
         """Padding goes to the same few experts and is no load to balance."""
         if not len(routing.counts):
-            return routing.counts
+            return routing
         positions = routing.experts.shape[1] // batch.tokens[rows].shape[0]
-        real = (batch.doc_ids[rows, :positions] != PADDING).flatten().to(routing.counts.device)
-        experts = routing.counts.shape[1]
-        return torch.stack([torch.bincount(layer[real].flatten(), minlength=experts) for layer in routing.experts])
+        real = places(batch.doc_ids[rows, :positions] != PADDING).to(routing.counts.device)
+        chosen = routing.experts.index_select(1, real).flatten(1)
+        return routing._replace(counts=torch.zeros_like(routing.counts).scatter_add(1, chosen, torch.ones_like(chosen)))
 
 
 def _mean(state: Tensor, head: Tensor, targets: Tensor, valid: Tensor, device: torch.device) -> Tensor:
     """Mean loss of the valid positions; 0 without one. The head multiplies only these."""
-    if not bool(valid.any()):
+    at = places(valid)
+    if not len(at):
         return state.sum() * 0.0
-    return head_cross_entropy(state[valid.to(device)], head, targets[valid].to(device))
+    targets = targets.flatten().index_select(0, at)
+    return head_cross_entropy(state.flatten(0, 1).index_select(0, at.to(device)), head, targets.to(device))
 
 
 # -- held-out samples --------------------------------------------------------------------------------------------------

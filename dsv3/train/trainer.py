@@ -192,11 +192,16 @@ class Trainer:
 
     def _take(self, batch: Rows, start: float) -> dict[str, Any]:
         index, schedule = self.step_index, self.config.schedule
-        rows = batch.tokens.shape[0]
+        rows = self.objective.rows(batch)
         positions = rows * (batch.tokens.shape[1] - self.depth)
         logs = index % self.config.log_counts_every == 0 or index + 1 == schedule.steps
         with self.monitor.watching() if self.monitor and logs else nullcontext():
             losses, counts, extras = self._accumulate(batch, schedule.mtp_lambda(index))
+        try:
+            self.objective.settle(self.workers, batch)
+        except BaseException:
+            self.workers.abandon()
+            raise
         if self.monitor and logs:
             self.monitor.join(self.workers.everyone(self.monitor.health))
         self.workers.collect()
@@ -230,7 +235,7 @@ class Trainer:
             "batch_size": rows,
             "seconds": seconds,
             "tokens_per_s": positions / seconds,
-            **extras,
+            **{name: extra.item() for name, extra in extras.items()},
             **({"load": expert_load(counts)} if counts.numel() else {}),
             **({"expert_counts": counts.tolist()} if logs else {}),
             **({"fp8": self.monitor.health} if self.monitor and logs else {}),
@@ -240,6 +245,7 @@ class Trainer:
         """Forward and backward over the micro-batches: gradients of the step's mean loss with the workers, and its parts."""
         rows, shares, whole = batch.tokens.shape[0], self.objective.shares(batch), None
         micros = self.workers.part(rows, self.config.micro_batch)
+        self.objective.begin(self.workers, batch, micros)
         if self.workers.pipeline is not None:
             return self._sum_over_ranks(self._piped(self.workers.pipeline, batch, micros, mtp_weight), rows)
         for i, micro in enumerate(micros):
@@ -297,11 +303,11 @@ class Trainer:
             )
         names = sorted(mine.extras)
         parts = [losses.total, losses.main, losses.balance, *losses.mtp]
-        values = torch.stack([p.double() for p in parts] + [bad.new_tensor(mine.extras[name]) for name in names])
+        values = torch.stack([p.double().to(bad.device) for p in (*parts, *(mine.extras[name] for name in names))])
         total, main, balance, *rest = self.workers.total(values).float()
         counts = self.workers.total(mine.counts.clone())
         mtp, extras = rest[: len(losses.mtp)], rest[len(losses.mtp) :]
-        return Step(Losses(total, main, tuple(mtp), balance), counts, {n: e.item() for n, e in zip(names, extras)})
+        return Step(Losses(total, main, tuple(mtp), balance), counts, dict(zip(names, extras, strict=True)))
 
     def _where(self, first: int, last: int) -> str:
         return (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.model.config import ModelConfig
-from dsv3.model.transformer import DeepseekV3, Hidden, Routing
+from dsv3.model.transformer import DeepseekV3, Hidden, Routing, Steer
 from dsv3.parallel.apply import compute_copy, prepare
 from dsv3.parallel.pipeline import Pipeline, micro_batches
 from dsv3.parallel.stage import STAGES_A_RANK, Part, Stage, _costs, _cuts, _folded, split
@@ -68,13 +69,16 @@ class Rows:
         rows = slice(micro, micro + 1)
         return self.objective.inputs(self.batch, rows, depth=self.depth, device=torch.device("cpu"))
 
-    def loss(self, micro: int, hidden: Hidden, head: Tensor) -> tuple[Tensor, Step]:
-        rows = slice(micro, micro + 1)
-        step = self.objective.losses(hidden, head, self.batch, rows, mtp_weight=MTP_WEIGHT, alpha=ALPHA)
-        return step.losses.total * self.shares[micro], step
+    def around(self, micro: int, stage: DeepseekV3) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def counts(self, micro: int, routing: Routing) -> Tensor:
-        return routing.counts
+    def routed(self, micro: int, routing: Routing, steer: Steer | None) -> Routing:
+        return routing
+
+    def loss(self, micro: int, hidden: Hidden, head: Tensor, steer: Steer | None = None) -> tuple[Tensor, Step]:
+        rows = slice(micro, micro + 1)
+        step = self.objective.losses(hidden, head, self.batch, rows, None, mtp_weight=MTP_WEIGHT, alpha=ALPHA)
+        return step.losses.total * self.shares[micro], step
 
 
 def alone(config: ModelConfig, kind: str, number: int) -> tuple[list[Step], Tensor, dict[str, Tensor]]:

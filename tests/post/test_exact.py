@@ -1,6 +1,7 @@
 """A training pass with the engine's own numbers: the rollout to the bit, torch's gradient, and what differs is found."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -40,16 +41,23 @@ def rollout(model, *, count: int = 12, max_tokens: int = 90):
     return make_batch(answers, depth=1, layers=2, top_k=3, fresh=True)
 
 
+def taken(objective, model, batch, *, alpha: float = 1e-3):
+    """What the objective makes of the whole batch."""
+    rows = slice(0, len(batch.lengths))
+    done = objective(model, batch, rows, depth=1, mtp_weight=0.1, alpha=alpha, device=torch.device("cpu"))
+    if batch.fresh:
+        objective.gate.judge()
+    return done
+
+
 def step(model, batch, *, exact: bool, precision: str = "float32", gate: Gate | None = None):
     """-> the gate's report, the loss and the gradients of a pass."""
     gate = gate or Gate(GateConfig(), precision)
     objective = GrpoObjective(GrpoConfig(kl=0.0, clip=0.2), TOKENIZER.vocab_size, gate)
     objective.engine = EnginePass(model) if exact else None
     model.zero_grad()
-    rows = slice(0, len(batch.lengths))
-    done = objective(model, batch, rows, depth=1, mtp_weight=0.1, alpha=1e-3, device=torch.device("cpu"))
+    done = taken(objective, model, batch)
     done.losses.total.backward()
-    objective.release()
     grads = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
     return gate.report(), done.losses, grads
 
@@ -92,11 +100,10 @@ def test_layers_that_are_computed_again_give_the_same_gradient():
     _, _, expected = step(model, batch, exact=True)
     prepare(model, recompute=True, compile_layers=False)
     gate = Gate(GateConfig(), "float32")
-    objective = GrpoObjective(GrpoConfig(kl=0.0, clip=0.2), TOKENIZER.vocab_size, gate, recompute=True)
+    objective = GrpoObjective(GrpoConfig(kl=0.0, clip=0.2), TOKENIZER.vocab_size, gate)
     objective.engine = EnginePass(model)
     model.zero_grad()
-    rows = slice(0, len(batch.lengths))
-    done = objective(model, batch, rows, depth=1, mtp_weight=0.1, alpha=1e-3, device=torch.device("cpu"))
+    done = taken(objective, model, batch)
     done.losses.total.backward()
     assert gate.report()["logprob_gap_max"] == 0.0
     for name, p in model.named_parameters():
@@ -165,12 +172,11 @@ def test_torchs_router_must_be_the_engines():
     engine = EnginePass(model)
     reading = engine.read(batch.tokens[:, :-1])
     reading.experts = (reading.experts + 1) % model.config.n_routed_experts
-    engine.read = lambda tokens: reading
+    engine.read = lambda tokens, real: dataclasses.replace(reading, real=real)
     gate = Gate(GateConfig(action="warn"), "float32")
     objective = GrpoObjective(GrpoConfig(kl=0.0), TOKENIZER.vocab_size, gate)
     objective.engine = engine
-    rows = slice(0, len(batch.lengths))
-    objective(model, batch, rows, depth=1, mtp_weight=0.1, alpha=0.0, device=torch.device("cpu"))
+    taken(objective, model, batch, alpha=0.0)
     assert "routers chose otherwise" in gate.warnings[0]
     assert gate.report()["router_gap"] > 0.5
 
@@ -189,8 +195,6 @@ def test_weights_that_moved_are_read_as_they_are():
 
 def test_stale_answers_still_have_the_policys_numbers():
     """The second minibatch of a round: the policy has moved, the ratio is of its own numbers, and nothing is compared."""
-    import dataclasses
-
     model = policy()
     batch = dataclasses.replace(rollout(model, max_tokens=8), fresh=False)
     with torch.no_grad():

@@ -195,6 +195,29 @@ def test_padding_and_other_rows_change_nothing():
     torch.testing.assert_close(together.losses.mtp[0], sum(p.losses.mtp[0] for p in alone) / 4, atol=1e-5, rtol=1e-4)
 
 
+def test_blank_rows_and_the_length_of_the_longest_count_for_nothing():
+    """What a pipeline's minibatch has besides: the same loss, counts, extras and gradients, and none of blank rows alone."""
+    goal, made = objective(), []
+    even = make_batch(answers(), depth=1, layers=2, top_k=3, fresh=False, even=7)
+    assert (goal.rows(even), goal.shares(even).tolist()) == (4, [1.0] * 4 + [0.0] * 3)
+    for rows, some in ((slice(2, 4), batch()), (slice(2, 6), even)):
+        model = random_model()
+        out = step(goal, model, some, rows, alpha=0.1)
+        out.losses.total.backward()
+        made.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, grads), (padded, others) = made
+    assert cut(even, slice(2, 6), 1, torch.device("cpu")).shape == (4, even.answer.shape[1])
+    assert torch.equal(plain.counts, padded.counts)
+    torch.testing.assert_close(padded.losses, plain.losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(padded.extras, plain.extras, rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(others[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    blank = step(goal, random_model(), even, slice(5, 7), alpha=0.1)
+    blank.losses.total.backward()
+    assert (blank.losses.total.item(), int(blank.counts.sum())) == (0.0, 0)
+    assert {name: float(value) for name, value in blank.extras.items()} == dict.fromkeys(plain.extras, 0.0)
+
+
 def test_mtp_learns_the_answers_tokens_from_the_second_on():
     model, made = random_model(), answers()[:1]
     a = made[0]
@@ -221,7 +244,8 @@ def test_the_head_s_rows_beyond_the_vocabulary_take_no_part():
 def test_rows_are_cut_to_the_longest_of_them():
     part = cut(batch(), slice(2, 3), 1, torch.device("cpu"))
     assert part.tokens.shape == (1, 6)  # 5 + 1 - 1 positions, one more for MTP
-    assert part.answer.sum() == 1
+    assert part.shape == (1, 5)
+    assert [len(learnt.at) for learnt in part.learnt] == [1, 0]
 
 
 def test_constants_that_make_no_sense_are_refused():

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dsv3.infer.engine import Engine
-from dsv3.post.batch import RolloutBatch
+from dsv3.parallel.workers import Alone
+from dsv3.post.batch import Part, RolloutBatch, cut
 from dsv3.post.grpo import GrpoConfig, GrpoObjective
-from dsv3.post.replay import Gate, GateConfig, GateError, RouterTap, differences
+from dsv3.post.replay import Gate, GateConfig, GateError, RouterTap, Tapped, joined, routes
 from dsv3.post.rollout import Answer, Prompt, make_batch, sample
 from dsv3.post.tasks import Arithmetic
 from tests.post.small import TOKENIZER, policy
@@ -32,9 +33,25 @@ def rows(answers: list[Answer]) -> RolloutBatch:
 
 
 def step(model, batch, gate: Gate, *, replay: bool = False, alpha: float = 1e-3):
+    """What a trainer of one process does of a step, to the optimizer."""
     objective = GrpoObjective(GrpoConfig(kl=0.0), TOKENIZER.vocab_size, gate, replay=replay)
+    workers = Alone(model, precision="float32", recompute=False, compile_layers=False)
     some = slice(0, len(batch.lengths))
-    return objective, objective(model, batch, some, depth=1, mtp_weight=0.1, alpha=alpha, device=torch.device("cpu"))
+    objective.begin(workers, batch, [some])
+    out = objective(model, batch, some, depth=1, mtp_weight=0.1, alpha=alpha, device=torch.device("cpu"))
+    objective.settle(workers, batch)
+    return out
+
+
+def tapped(model, tokens, experts=None) -> tuple[torch.Tensor, dict[int, Tapped]]:
+    """The states of a pass and what its routers did."""
+    tap = RouterTap(model, experts=experts)
+    with torch.no_grad():
+        return model.hidden(tokens, steer=tap).main, tap.take()
+
+
+def whole(batch: RolloutBatch) -> Part:
+    return cut(batch, slice(0, len(batch.lengths)), 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -54,20 +71,18 @@ def test_on_equal_batches_they_are_equal_to_the_bit():
     batch = rows(rollout(model))
     passes = []
     for _ in range(2):
-        with RouterTap(model) as tap, torch.no_grad():
-            passes.append((model.hidden(batch.tokens[:, :-1]).main, tap.seen))
+        passes.append(tapped(model, batch.tokens[:, :-1]))
     assert torch.equal(passes[0][0], passes[1][0])
-    assert all(torch.equal(a.own, b.own) for a, b in zip(passes[0][1], passes[1][1]))
+    assert all(torch.equal(passes[0][1][row].own, passes[1][1][row].own) for row in (0, 1))
 
 
-def test_other_weights_are_stopped_and_nothing_is_left_behind():
+def test_other_weights_are_stopped():
     model = policy()
     batch = rows(rollout(model))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.05)
     with pytest.raises(GateError, match="not the same model"):
         step(model, batch, Gate(GateConfig(), "float32"))
-    assert all("forward" not in router.__dict__ for router in model.routers())
 
 
 def test_other_experts_alone_are_stopped():
@@ -145,23 +160,21 @@ def test_replay_with_every_position_told_gives_the_very_pass():
     """Routers forced to the choice that another pass made: equal to the bit, and counts follow the forced experts."""
     model = policy()
     other, tokens = other_choice(model), torch.randint(96, (3, 11))
-    with RouterTap(model) as tap, torch.no_grad():
-        states = model.hidden(tokens).main
-    experts = torch.stack([layer.own.unflatten(0, tokens.shape) for layer in tap.seen], dim=2)
-    with RouterTap(other, experts) as forced, torch.no_grad():
-        replayed = other.hidden(tokens)
-    torch.testing.assert_close(replayed.main, states, atol=1e-6, rtol=1e-5)
-    assert torch.equal(replayed.routing.experts.sort(-1).values, torch.stack([x.own for x in tap.seen]).sort(-1).values)
-    assert any(not torch.equal(x.own.sort(-1).values, x.experts.sort(-1).values) for x in forced.seen)
+    states, seen = tapped(model, tokens)
+    experts = torch.stack([seen[row].own.unflatten(0, tokens.shape) for row in (0, 1)], dim=2)
+    replayed, forced = tapped(other, tokens, experts)
+    torch.testing.assert_close(replayed, states, atol=1e-6, rtol=1e-5)
+    for row in (0, 1):
+        assert torch.equal(forced[row].experts.sort(-1).values, seen[row].own.sort(-1).values)
+    assert any(not torch.equal(x.own.sort(-1).values, x.experts.sort(-1).values) for x in forced.values())
 
 
 def test_the_router_learns_through_replay():
     """Its weights are still its own scores: the gradient reaches gate.weight, and is that of the forced experts."""
     model = policy()
     batch, other = rows(rollout(model)), other_choice(model)
-    objective, out = step(other, batch, Gate(GateConfig(action="off"), "float32"), replay=True)
+    out = step(other, batch, Gate(GateConfig(action="off"), "float32"), replay=True)
     out.losses.total.backward()
-    objective.release()
     assert all(float(router.weight.grad.abs().sum()) > 0 for router in other.routers())
 
 
@@ -171,12 +184,13 @@ def test_recomputed_layers_are_replayed_too():
 
     model = policy()
     batch, grads = rows(rollout(model)), []
+    other_rows = dataclasses.replace(batch, experts=batch.experts.flip(0))
     for recompute in (False, True):
         other = other_choice(model)
         prepare(other, recompute=recompute, compile_layers=False)
-        objective, out = step(other, batch, Gate(GateConfig(action="off"), "float32"), replay=True, alpha=0.1)
+        out = step(other, batch, Gate(GateConfig(action="off"), "float32"), replay=True, alpha=0.1)
+        step(other, other_rows, Gate(GateConfig(action="off"), "float32"), replay=True)  # in flight beside it
         out.losses.total.backward()
-        objective.release()
         grads.append([p.grad for p in other.parameters()])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -185,15 +199,14 @@ def test_recomputed_layers_are_replayed_too():
 def test_a_tie_excuses_its_token_and_those_behind_it_alone():
     model = policy()
     batch = rows(rollout(model))
-    with RouterTap(model) as tap, torch.no_grad():
-        model.hidden(batch.tokens[:, :-1])
-    seen = list(tap.seen)
+    _, seen = tapped(model, batch.tokens[:, :-1])
     where = batch.answer.nonzero()
     row, at = (int(x) for x in where[len(where) // 2])
     margin = seen[0].margin.clone()
     margin.view(batch.answer.shape)[row, at] = 0.0
     seen[0] = seen[0]._replace(margin=margin)
-    found = differences(batch, seen, batch.old[batch.answer] + 1.0)
+    told = routes(whole(batch), seen)
+    found = joined([told[row] for row in sorted(told)], torch.ones(int(batch.answer.sum())))
     excused = (
         batch.answer & (torch.arange(batch.answer.shape[1]) >= at) & (torch.arange(len(batch.answer))[:, None] == row)
     )
@@ -206,13 +219,13 @@ def test_rounding_of_a_few_tokens_is_let_through_and_another_model_is_not():
     """One token in twenty may be further off than the limit, by up to thirty times: no more tokens, and none by far."""
     model = policy()
     batch = rows(rollout(model))
-    with RouterTap(model) as tap, torch.no_grad():
-        model.hidden(batch.tokens[:, :-1])
+    _, seen = tapped(model, batch.tokens[:, :-1])
     exact = batch.old[batch.answer]
     few = len(exact) // 20
     for count, gap, stops in ((few, 3e-5, False), (few, 2e-4, False), (few + 1, 3e-5, True), (1, 5e-4, True)):
         moved = exact.clone()
         moved[:count] += gap
         gate = Gate(GateConfig(action="warn"), "float32")
-        gate.compare(batch, tap.seen, moved)
+        gate.note(0, routes(whole(batch), seen), (moved - exact).abs())
+        gate.judge()
         assert bool(gate.warnings) is stops, (count, gap)

@@ -17,6 +17,7 @@ from dsv3.post.verdict import round_metrics, verdict
 from dsv3.train.checkpoint import checkpoints
 from dsv3.train.metrics import TIMING_FIELDS, read_metrics
 from tests.parallel.ranks import run_ranks
+from tests.parallel.test_workers import named, whole
 from tests.post.small import TOKENIZER, Letters, policy, rl, rl_config
 
 
@@ -141,7 +142,6 @@ def test_the_reference_says_what_the_start_said_and_the_policy_moves_on(tmp_path
     assert torch.equal(rounds.reference(tokens), start)
     with torch.enable_grad():
         trainer.step()
-    rounds.objective.release()  # as before every rollout
     assert torch.equal(rounds.reference(tokens), start)
     moved = trainer.workers.policy(tokens)
     assert not torch.allclose(moved, start, atol=1e-2)
@@ -338,13 +338,14 @@ def test_a_config_is_json(tmp_path):
 def on_ranks(_group, folder, degrees):
     torch.manual_seed(0)
     mesh = Mesh(ParallelConfig(**degrees), policy().config)
-    return run_rl(policy(), TOKENIZER, Letters(), rl_config(reference_every=2), folder, mesh=mesh)
+    return run_rl(policy(), TOKENIZER, Letters(), rl_config(reference_every=2, micro_batch=3), folder, mesh=mesh)
 
 
 @pytest.mark.dist
-def test_processes_answer_and_train_as_one_does(tmp_path):
-    told = run(tmp_path / "one", reference_every=2)
-    for result in run_ranks(on_ranks, 2, tmp_path / "ranks", tmp_path / "two", {"expert": 2, "sharding": "fsdp"}):
+@pytest.mark.parametrize("degrees", [{"expert": 2, "sharding": "fsdp"}, {"pipeline": 2}], ids=str)
+def test_processes_answer_and_train_as_one_does(tmp_path, degrees):
+    told = run(tmp_path / "one", reference_every=2, micro_batch=3)
+    for result in run_ranks(on_ranks, 2, tmp_path / "ranks", tmp_path / "two", degrees):
         assert result["before"] == told["before"]
     names = [path.name for path in sorted((tmp_path / "one" / "rollouts").iterdir())]
     assert [path.name for path in sorted((tmp_path / "two" / "rollouts").iterdir())] == names
@@ -365,5 +366,155 @@ def test_processes_answer_and_train_as_one_does(tmp_path):
     assert max(record["logprob_gap_max"] for record in two) == 0
     assert max(record["route_mismatch"] for record in two) == 0
     assert (tmp_path / "two" / "rollouts.html").exists()
-    with pytest.raises(Exception, match="GrpoObjective does not run in a pipeline's stages"):
-        run_ranks(on_ranks, 2, tmp_path / "refused", tmp_path / "three", {"pipeline": 2})
+
+
+# -- a pipeline ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossy(Letters):
+    """Cannot judge the answers to most questions."""
+
+    def problem(self, index: int) -> Problem:
+        problem = super().problem(index)
+        return problem if index % 10 == 5 else dataclasses.replace(problem, answer=r"\frac{", kind="maths", check=None)
+
+
+def other_experts(experts: torch.Tensor) -> torch.Tensor:
+    """Another choice in every row, as no router made it."""
+    shift = torch.arange(1, len(experts) + 1).view(-1, 1, 1, 1) % 7 + 1
+    return torch.where(experts >= 0, (experts + shift) % 8, experts).to(experts.dtype)
+
+
+def one_other_expert(experts: torch.Tensor) -> torch.Tensor:
+    """Of one token in the first MoE layer."""
+    row, at = ((experts >= 0).all(-1).all(-1)).nonzero()[0].tolist()
+    moved = experts.clone()
+    moved[row, at, 0, 0] = next(e for e in range(8) if e not in experts[row, at, 0].tolist())
+    return moved
+
+
+FORCED = dict(replay=True, recompute=True, gate=GateConfig(action="off"))
+CASES: dict[str, tuple[dict, dict, dict]] = {
+    "bfloat16": (dict(pipeline=2), dict(precision="bfloat16"), {}),
+    "lost": (dict(pipeline=2, schedule="zero-bubble"), {}, dict(task=Lossy())),
+    "replay": (dict(pipeline=2), FORCED, dict(change=other_experts)),
+    "replay in a V": (dict(pipeline=2, schedule="dualpipev"), FORCED, dict(change=other_experts)),
+}
+FOUR: dict[str, tuple[dict, dict, dict]] = {
+    "expert": (dict(pipeline=2, expert=2, schedule="zero-bubble"), dict(replay=True), {}),
+    "fsdp": (dict(pipeline=2, sharding="fsdp"), {}, dict(task=Lossy())),
+}
+"""Degrees, changes of the config, and what `started` is told besides; by the number of processes."""
+
+
+def started(folder, degrees, *, task=None, change=None, **changes):
+    """A trainer in one process (degrees None) or of a mesh. change: of the experts that the rollout tells."""
+    mesh = None if degrees is None else Mesh(ParallelConfig(**degrees), policy().config)
+    config = rl_config(**(dict(micro_batch=3, gamma=1e-2, alpha=0.1) | changes))
+    trainer, rounds = build_rl(policy(), TOKENIZER, task or Letters(), config, folder, mesh=mesh)
+    if change is not None:
+        made = rounds.next_batch
+
+        def next_batch(rows):
+            batch = made(rows)
+            return dataclasses.replace(batch, experts=change(batch.experts))
+
+        rounds.next_batch = next_batch
+    return trainer, rounds
+
+
+def one_step(folder, degrees, **changes) -> dict:
+    """Record and gate's report, gradients and policy of a step; the record of a second one, the first being saved."""
+    trainer, rounds = started(folder, degrees, **changes)
+    gradients, clip = {}, trainer.workers.clip
+
+    def look(limit):
+        if not gradients:
+            gradients.update(whole(trainer, {n: p.grad for n, p in named(trainer).items()}))
+        return clip(limit)
+
+    trainer.workers.clip = look
+    record = {k: v for k, v in trainer.step().items() if k not in TIMING_FIELDS}
+    record |= rounds.told | rounds.objective.gate.report()
+    trainer.workers.publish()
+    weights = {name: tensor.clone() for name, tensor in trainer.workers.policy.state_dict().items()}
+    made = {"record": record, "gradients": gradients, "weights": weights}
+    if folder.name == "lost":
+        trainer.save()
+        made["second"] = trainer.step()
+    return made
+
+
+def steps_of_ranks(_group, folder, cases):
+    if "fsdp" in cases:  # where the other expert is in the rows of one data rank
+        trainer, _ = started(folder / "stopped", cases["fsdp"][0], change=one_other_expert)
+        with pytest.raises(
+            GateError, match=r"\(token, layer\) went to other experts, the limit is 0.00%.*Nothing was updated"
+        ):
+            trainer.step()
+        assert trainer.step_index == 0
+        assert all(p.grad is None for p in trainer.workers.masters)
+    return {name: one_step(folder / name, d, **(c | more)) for name, (d, c, more) in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("piped")
+    made = [run_ranks(steps_of_ranks, n, folder / f"{n}", folder, cases) for n, cases in ((2, CASES), (4, FOUR))]
+    return folder, {name: [result[name] for result in results] for results in made for name in results[0]}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", [*CASES, *FOUR])
+def test_a_pipeline_takes_rls_step_of_one_process(piped, tmp_path, name):
+    """Float32 sums over micro-batches, stages and rows beside blank ones run in another order: some units in the last place of the
+    largest term. In bfloat16 one process rounds the head's gradients of main model and MTP before it adds them."""
+    _, changes, more = (CASES | FOUR)[name]
+    one, found = one_step(tmp_path, None, **(changes | more)), set()
+    limit = 1e-2 if changes.get("precision") == "bfloat16" else 1e-5
+    for got in piped[1][name]:
+        assert got["record"].keys() == one["record"].keys()
+        for field, value in one["record"].items():
+            told = got["record"][field]
+            if isinstance(value, float) or field == "mtp_loss":
+                assert told == pytest.approx(value, rel=limit, abs=1e-5 if "gap" in field else 1e-6), field
+            elif field != "load":  # which is the counts'
+                assert told == value, field
+        for parameter, grad in got["gradients"].items():
+            wanted = one["gradients"][parameter]
+            torch.testing.assert_close(grad, wanted, rtol=0, atol=limit * float(wanted.abs().max()), msg=parameter)
+        assert got["weights"].keys() == one["weights"].keys()
+        for parameter, tensor in got["weights"].items():
+            wanted = one["weights"][parameter]
+            if "bias" in parameter:
+                assert torch.equal(tensor, wanted)
+            else:  # Adam's first step is lr·sign(g): next to nothing has any sign
+                assert (tensor.float() - wanted.float()).abs().mean() < 5e-5, parameter
+        found |= got["gradients"].keys()
+    assert found == one["gradients"].keys()
+
+
+@pytest.mark.dist
+def test_the_pipelines_cases_are_what_they_are_called(piped):
+    cases = {name: piped[1][name][0]["record"] for name in CASES | FOUR}
+    assert cases["lost"]["batch_size"] <= 9  # of 12 rows: a micro-batch of three is blank
+    for name in ("replay", "replay in a V"):
+        assert cases[name]["logprob_gap"] > 1e-3  # forced to where the rollout was not
+        assert cases[name]["route_mismatch"] == 1
+    assert all(cases[name]["logprob_gap_max"] == 0 for name in ("bfloat16", "lost", "fsdp"))  # the engine's numbers
+    assert cases["expert"]["free_route_mismatch"] == 0
+
+
+@pytest.mark.dist
+def test_a_run_of_a_pipeline_goes_on_in_one_process(piped):
+    folder, made = piped
+    trainer, _ = started(folder / "lost", None, task=Lossy())
+    trainer.restore(checkpoints(folder / "lost")[-1])
+    weights = trainer.workers.policy.state_dict()
+    for result in made["lost"]:
+        assert all(torch.equal(weights[name], tensor) for name, tensor in result["weights"].items())
+    record = trainer.step()
+    for result in made["lost"]:
+        for field in ("step", "loss", "entropy", "kl", "batch_size"):
+            assert result["second"][field] == pytest.approx(record[field], rel=1e-4, abs=1e-6), field

@@ -8,7 +8,7 @@ import torch
 
 from bench.common import RandomLoader
 from dsv3.kernels.cross_entropy import cross_entropy_reference
-from dsv3.train.loss import Losses, PretrainObjective, Step, document_mask, training_losses
+from dsv3.train.loss import Losses, Objective, PretrainObjective, Step, document_mask, training_losses
 from dsv3.train.optim import ScheduleConfig
 from dsv3.train.trainer import TrainConfig, Trainer
 from tests.model.tiny import TINY, random_model
@@ -66,7 +66,7 @@ def test_pretraining_gives_the_numbers_of_commit_7cf606f():
     assert records[-1]["grad_norm"] == pytest.approx(2.7407601, rel=1e-4)
 
 
-class CountedRows:
+class CountedRows(Objective):
     """Row i has i + 1 targets; its loss is i on each of them."""
 
     def shares(self, batch):
@@ -77,7 +77,7 @@ class CountedRows:
         mean = float((weights * (weights - 1)).sum() / weights.sum())
         loss = model.lm_head.weight.sum() * 0 + mean
         counts = torch.ones(3, 8, dtype=torch.int64)
-        return Step(Losses(loss, loss.detach(), (), loss.detach()), counts, {"twice": 2 * mean})
+        return Step(Losses(loss, loss.detach(), (), loss.detach()), counts, {"twice": torch.tensor(2 * mean).double()})
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4])

@@ -315,8 +315,8 @@ class Poisoned(PretrainObjective):
 
     marks: tuple[int, ...] = ()
 
-    def losses(self, hidden, head, batch, rows, **weights):
-        step = super().losses(hidden, head, batch, rows, **weights)
+    def losses(self, hidden, head, batch, rows, steer, **weights):
+        step = super().losses(hidden, head, batch, rows, steer, **weights)
         bad = batch.tokens[0, :4].tolist() == list(self.marks)
         return step._replace(losses=step.losses._replace(total=step.losses.total * math.nan)) if bad else step
 
