@@ -88,13 +88,14 @@ class Hardware:
 
 def _hopper(name: str, **changes: Any) -> Hardware:
     """H100, H200 and H800 have the same processor. BF16: mamf-finder's 794 (ml-engineering); FP8: DeepGEMM; attention:
-    FlashAttention-3 (arXiv 2407.08608, causal, 128 a head, 4K: read off its figures) and FlashMLA's 660; NVLink and IB: DeepEP's
-    EP8 and EP64, of few tokens (128 a device) its low-latency EP64: 173 us there, 314 us back."""
+    FlashAttention-3 at 128 a head and 4K (arXiv 2407.08608; figure 5: forward 638, causal 579; figure 6: backward 542 without
+    a mask, here times 579 / 638) and FlashMLA's 660; NVLink and IB: DeepEP's EP8 and EP64, of few tokens (128 a device) its
+    low-latency EP64: 173 us there, 314 us back."""
     fields: dict[str, Any] = {
         "name": name, "memory": 80 * GB,
         "products": {"fp8": 1430e12, "bfloat16": 794e12, "float32": 380e12},
         "half": {"fp8": 730.0, "bfloat16": 405.0, "float32": 200.0},  # as long a time a tile: 730 / 1430 · 794
-        "attention": (580e12, 450e12), "decode_attention": 660e12,
+        "attention": (579e12, 492e12), "decode_attention": 660e12,
         "bandwidth": 3000 * GB, "inside": 155 * GB, "between": 50.5 * GB, "small": 45 * GB, "node": 8, "message": 30e-6,
         "copy_share": 20 / 132,  # report 3.2.2: 20 of 132 multiprocessors
         "kept": KEPT,
