@@ -8,6 +8,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
 from dsv3.plan.hardware import hardware_named
 from dsv3.plan.job import job_from_file, plain_job, with_options
+from dsv3.plan.memory import memory_of
 from dsv3.plan.plan import make_plan
 from dsv3.plan.step import DSV3
 from dsv3.recipes import mini, tiny, v3
@@ -53,7 +54,7 @@ def test_a_price_changes_money_and_nothing_else(report):
 
 def test_what_does_not_fit_is_told_by_kind_with_what_would():
     with pytest.raises(
-        ValueError, match=r"nothing fits h100's .* GiB a device on 1.* Most of it are .*: take .*devices would hold it"
+        ValueError, match=r"nothing fits h100's .* GiB a device on 1.*, most of it gradients .*: take 256 devices"
     ):
         make_plan(v3.job(), hardware_named("h100"), 1)
 
@@ -147,3 +148,32 @@ def test_options_that_no_run_has_are_refused():
 def test_too_few_rows_for_the_devices_are_told_with_how_many_it_takes():
     with pytest.raises(ValueError, match=r"256 rows a step make .* take at least \d+ rows .*or fewer devices"):
         make_plan(mini.job(), hardware_named("h100"), 2048)
+
+
+def test_a_number_that_divides_badly_is_told_with_one_that_does():
+    with pytest.raises(ValueError, match=r"on 1000: .* divides badly among layers and experts: 256 devices fit"):
+        make_plan(v3.job(), hardware_named("h100"), 1000)
+
+
+def test_a_schedule_that_the_ramps_first_steps_are_too_short_for_is_not_planned(report):
+    layouts = [report.chosen.layout, *(other.layout for other in report.alternatives)]
+    assert min(v3.job().rows()) == 3072
+    for layout in layouts:
+        needed = 2 * layout.pipeline if layout.schedule == "dualpipev" else 1
+        assert 3072 / layout.data >= needed, layout
+
+
+def test_long_rows_are_given_to_as_many_devices_as_hold_the_weights(report):
+    room = report.hardware.memory * report.hardware.usable
+    for phase in report.phases[1:]:
+        layout = dataclasses.replace(report.chosen.layout, gpus=phase.gpus, expert=min(64, phase.gpus // 16))
+        memory = memory_of(report.job.model, layout, seq_len=4096, precision="fp8")
+        assert memory.weights + memory.gradients + memory.optimizer <= room
+    assert [phase.fits for phase in report.phases] == [True, False, False, True]
+
+
+def test_a_recipe_whose_own_layout_does_not_fit_is_told_why():
+    made = make_plan(with_options(v3.job(), precision="bfloat16"), hardware_named("h100"), 2048)
+    assert made.why == "the fastest that fits"
+    assert "the recipe's own layout (pipeline 16" in made.notes[0]
+    assert "GiB a rank" in made.notes[0]
