@@ -77,7 +77,7 @@ CASES = (
 
 
 class Piped(NamedTuple):
-    """Two processes under a pipeline; a step of `rows` rows in micro-batches of `micro`."""
+    """Two processes under a pipeline, or that share the experts; a step of `rows` rows in micro-batches of `micro`."""
 
     name: str
     schedule: str
@@ -87,6 +87,7 @@ class Piped(NamedTuple):
     rows: int = 8
     length: int = 512
     micro: int = 2
+    expert: int = 1
 
 
 PIPED = tuple(
@@ -97,7 +98,7 @@ PIPED = tuple(
         ("fp8", False, ("1f1b", "zero-bubble")),
     )
     for schedule in schedules
-)
+) + tuple(Piped(f"2 ranks, expert 2, {precision}", "1f1b", precision, expert=2) for precision in ("bfloat16", "fp8"))
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
@@ -129,7 +130,8 @@ def measure_piped(case: Piped, rank: int, folder: str) -> float:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    mesh = Mesh(ParallelConfig(pipeline=2, schedule=case.schedule), case.model)  # type: ignore[arg-type]
+    degrees = ParallelConfig(pipeline=2 // case.expert, expert=case.expert, schedule=case.schedule)  # type: ignore[arg-type]
+    mesh = Mesh(degrees, case.model)
     model = DeepseekV3(case.model)
     model.init_weights()
     schedule = ScheduleConfig(steps=10**6, peak_lr=1e-3, warmup_steps=10, batch_size=case.rows)
@@ -169,9 +171,10 @@ def piped() -> list[dict[str, Any]]:
             for process in processes:
                 process.join()
         layout = Layout(
-            gpus=2, pipeline=2, schedule=case.schedule, micro_batch=case.micro, recompute=case.recompute
+            gpus=2, pipeline=2 // case.expert, expert=case.expert, schedule=case.schedule, micro_batch=case.micro,
+            recompute=case.recompute,
         )  # fmt: skip
-        plans = memories(case.model, layout, seq_len=case.length, precision=case.precision)
+        plans = memories(case.model, layout, seq_len=case.length, precision=case.precision) * case.expert
         errors = [plan.total / measured - 1 for plan, measured in zip(plans, found)]
         shown = ", ".join(
             f"rank {rank} {measured / 2**20:5.0f} MiB, planned {plan.total / 2**20:5.0f} ({error:+.0%})"

@@ -226,16 +226,41 @@ def _add_serving(shown: Any, serving: Serving, hardware: Hardware) -> None:
 
 
 def _published() -> None:
+    """V3's run as a whole, then every figure; where a run is predicted, from the others alone."""
     from rich.console import Console
 
-    from dsv3.plan.published import all_comparisons
+    from dsv3.plan.hardware import hardware_named
+    from dsv3.plan.plan import make_plan
+    from dsv3.plan.published import RUNS, Comparison, all_comparisons, report_run
+    from dsv3.recipes import v3
 
-    shown = table("published figures, and the planner's", ("", "published", "ours", "", "error", "source"))
-    for found in all_comparisons():
-        shown.add_row(
-            found.name, f"{found.published:,.4g}", f"{found.ours:,.4g}", found.unit, f"{found.error:+.1%}", found.source
-        )
+    made, table_1 = make_plan(v3.job(), hardware_named("h800"), 2048), "V3 report table 1; ours with all runs' share"
+    hours, dollars = (sum(getattr(phase, kind) for phase in made.phases) for kind in ("gpu_hours", "dollars"))
+    whole = [
+        Comparison("V3's pre-training", 2.664e6, made.gpu_hours, "GPU-hours", table_1),
+        Comparison("V3 in all", 2.788e6, hours, "GPU-hours", table_1),
+        Comparison("V3 in all", 5.576e6, dollars, "dollars", table_1),
+    ]
+    shown, sources = (
+        table("published figures, and the planner's", ("", "published", "ours", "", "error", "")),
+        list[str](),
+    )
+    for found in [*whole, *all_comparisons()]:
+        if found.source not in sources:
+            sources.append(found.source)
+        numbers = (f"{n:,.0f}" if n >= 1000 else f"{n:,.4g}" for n in (found.published, found.ours))
+        shown.add_row(found.name, *numbers, found.unit, f"{found.error:+.1%}", f"[{sources.index(found.source) + 1}]")
     Console().print(shown)
+    for number, source in enumerate(sources, 1):
+        Console().print(f"[{number}] {source}", markup=False)
+    errors = [report_run(RUNS[:out] + RUNS[out + 1 :])[0].error for out in range(1, len(RUNS))]
+    Console().print(
+        f"V3's GPU-hours a trillion tokens from the other runs' numbers alone: {report_run()[0].error:+.1%}; with any one of those "
+        f"left out too {min(errors):+.1%} to {max(errors):+.1%}"
+    )
+    for run in RUNS:
+        if run.assumed:
+            Console().print(f"assumed of {run.name}: {run.assumed}")
 
 
 def _number(number: int, of: str, plural: str = "s") -> str:

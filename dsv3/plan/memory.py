@@ -86,7 +86,7 @@ def _rank_memory(
     tokens = layout.micro_batch * seq_len
     layers = [layer for part in parts for layer in part.layers]
     heads = sum(1 + model.num_nextn_predict_layers for part in parts if part.last)
-    stages = [_stage_bytes(model, part, precision, layout.recompute) for part in parts]
+    stages = [_stage_bytes(model, part, precision, layout.recompute, layout.expert > 1) for part in parts]
     waiting = max(
         sum(running * kept + promised * made for (running, promised), (kept, made) in zip(moment, stages, strict=True))
         for moment in moments(layout, rank)
@@ -98,12 +98,12 @@ def _rank_memory(
     )
 
 
-def _stage_bytes(model: ModelConfig, part: Part, precision: str, recompute: bool) -> tuple[float, float]:
+def _stage_bytes(model: ModelConfig, part: Part, precision: str, recompute: bool, spread: bool) -> tuple[float, float]:
     """Of a micro-batch's token in a stage: until its backward pass, and from then until its weights' gradients are made."""
-    kept = sum(layer_bytes(model, layer, precision, recompute) for layer in part.layers)
+    kept = sum(layer_bytes(model, layer, precision, recompute, spread) for layer in part.layers)
     if part.last:  # states, and the head's gradient of them
         kept += (1 + model.num_nextn_predict_layers) * model.hidden_size * 2 * width(precision)
-    return kept, sum(promised_bytes(model, layer, precision) for layer in part.layers)
+    return kept, sum(promised_bytes(model, layer, precision, spread) for layer in part.layers)
 
 
 def moments(layout: Layout, rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -198,14 +198,21 @@ def width(precision: str) -> int:
     return 4 if precision == "float32" else 2
 
 
-def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool) -> float:
-    """What a token leaves behind in a layer until its backward pass."""
+def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool, spread: bool = False) -> float:
+    """What a token leaves behind in a layer until its backward pass.
+
+    Args:
+        spread: experts are on several ranks: what arrives for a rank's are rows of their own, as many as a token has experts.
+    """
     wide = width(precision)
     if recompute:
         return wide * model.hidden_size
     if precision == "fp8":
         return fp8_kept_bytes(model, layer)
-    return kept_values(model, layer, plain=precision == "float32") * wide + kept_besides(model, layer, precision)
+    values = kept_values(model, layer, plain=precision == "float32")
+    if spread and precision == "bfloat16" and model.is_moe(layer):
+        values += model.num_experts_per_tok * model.hidden_size
+    return values * wide + kept_besides(model, layer, precision)
 
 
 def fp8_kept_bytes(model: ModelConfig, layer: int) -> float:
@@ -252,7 +259,7 @@ def kept_besides(model: ModelConfig, layer: int, precision: str) -> float:
     return 4 * model.num_attention_heads + router_input + routing_bytes(model, layer)
 
 
-def promised_bytes(model: ModelConfig, layer: int, precision: str) -> float:
+def promised_bytes(model: ModelConfig, layer: int, precision: str, spread: bool = False) -> float:
     """What a token holds in a layer between the halves of its backward pass: input and output's gradient of every product whose
     weight waits (kernels/later.py), however the layer's activations are kept before. In FP8 training as the codes that they are
     multiplied in (model/fp8.py), each product its own."""
@@ -270,7 +277,10 @@ def promised_bytes(model: ModelConfig, layer: int, precision: str) -> float:
     if moe:
         values += 3 * rows * model.moe_intermediate_size
         values += 2 * dim if fp8 or not inner else 0  # of the experts alone
-        values += 2 * rows * dim if precision == "float32" else 0  # grouped products of gathered rows
+        if precision == "float32":  # grouped products of gathered rows
+            values += 2 * rows * dim
+        elif spread:  # a token's row for each of its experts, and of what comes back its gradient
+            values += 2 * (rows - 1) * dim if fp8 else 2 * rows * dim
     each = 1 + 4 / 128 if fp8 else width(precision)
     beside = (20 if fp8 else 12) * rows if moe else 0  # order of the rows, and what they weigh
     return each * values + beside + (3 * dim * width(precision) if mtp else 0)  # eh_proj

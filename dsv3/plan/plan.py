@@ -171,7 +171,7 @@ def _plan(
 
 def _notes(layout: Layout, time: StepTime, system: System) -> Iterator[str]:
     if layout.pipeline > 1 and time.schedule != layout.schedule:
-        yield f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}"
+        yield f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}; memory is this package's"
 
 
 def _pretraining(job: Job, layout: Layout, hardware: Hardware, system: System) -> PhaseCost:

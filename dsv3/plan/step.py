@@ -47,17 +47,20 @@ class System:
     narrow_gathers: bool
     """Weights travel in bfloat16 also in FP8 training; False: as wide as FSDP2 gathers them (fsdp.py)."""
     neighbours: bool = False
-    """See work.Setting, as for the next two."""
+    """See work.Setting, as for the next three."""
     behind_shared: str = ""
     up_again: bool = False
+    dispatch_again: bool = False
 
 
 REPORT = System(name="report", overlap=True, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepSeek's own: DualPipe, DeepEP, DeepGEMM, FlashMLA."""
 DSV3 = System(
-    name="dsv3", overlap=False, limited=False, balanced_stages=False, narrow_gathers=False, behind_shared="forward"
+    name="dsv3", overlap=False, limited=False, balanced_stages=False, narrow_gathers=False, behind_shared="forward",
+    dispatch_again=True,
 )  # fmt: skip
-"""This package as it stands: PyTorch's all-to-all, a token once an expert; shared experts are multiplied during the dispatch."""
+"""This package as it stands: PyTorch's all-to-all, a token once an expert; shared experts are multiplied during the dispatch; in
+FP8 the block that is computed again dispatches again (model/fp8.py keeping)."""
 EAGER = System(name="exposed", overlap=False, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepEP without DualPipe, as Megatron and AutoModel run it by default."""
 SYSTEMS = {system.name: system for system in (REPORT, DSV3, EAGER)}
@@ -126,15 +129,16 @@ class StepTime(NamedTuple):
 def step_time(
     model: ModelConfig, layout: Layout, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
 ) -> StepTime:
-    """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules of two stages a rank the report's system
-    runs its own, DualPipe."""
-    if system.overlap and layout.schedule in ("dualpipev", "zero-bubble") and layout.pipeline % 2 == 0:
+    """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules the report's system runs its own,
+    DualPipe, over an even number of ranks."""
+    if system.overlap and layout.schedule in STAGES_A_RANK and layout.pipeline % 2 == 0:
         layout = dataclasses.replace(layout, schedule="dualpipe")
     tokens = layout.micro_batch * seq_len
     setting = Setting(
         precision=precision, seq_len=seq_len, tokens=tokens, recompute=layout.recompute, expert=layout.expert,
         limited=system.limited, fp8_dispatch=layout.fp8_dispatch, neighbours=system.neighbours,
         behind_shared=system.behind_shared, up_again=system.up_again,
+        dispatch_again=system.dispatch_again,
     )  # fmt: skip
     cost = rank_cost(model, layout, setting, hardware, system).times(tokens / hardware.kept)
     held = rank_elements(model, layout)

@@ -59,6 +59,8 @@ class Setting:
     """Where the exchange goes on while the shared experts are multiplied: nowhere, "forward" or "both" passes."""
     up_again: bool = False
     """The up-projections of queries, keys and values are computed again, as always in FP8."""
+    dispatch_again: bool = False
+    """In FP8 tokens travel to their experts a second time in the backward pass."""
 
 
 class Pass(NamedTuple):
@@ -237,6 +239,8 @@ def layer_cost(model: ModelConfig, layer: int, setting: Setting, hardware: Hardw
         repeated = passes + core_forward
     wire = wire_seconds(model, layer, setting, hardware)
     there, back = wire, wire * (2 if setting.recompute else 1)
+    if setting.dispatch_again and fp8 and not setting.recompute:
+        back += wire * (1 + 4 / 128) / (3 + 4 / 128)
     if setting.behind_shared:
         shared = [m for m in matrices if "shared" in m.name]
         there -= min(there / 2, sum(product(m.flops, m.inner) for m in shared))  # dispatch or combine goes on meanwhile

@@ -110,7 +110,7 @@ def test_tiny_is_planned_on_a_core():
 def test_a_plan_says_whose_schedule_it_times(report):
     (note,) = report.to_json()["notes"]
     assert "dualpipe" in note
-    assert "this package runs zero-bubble" in note
+    assert "this package runs 1f1b; memory is this package's" in note
     assert make_plan(v3.job(), hardware_named("h800"), 2048, system=DSV3).notes == ()
 
 
@@ -173,7 +173,8 @@ def test_long_rows_are_given_to_as_many_devices_as_hold_the_weights(report):
 
 
 def test_a_recipe_whose_own_layout_does_not_fit_is_told_why():
-    made = make_plan(with_options(v3.job(), precision="bfloat16"), hardware_named("h100"), 2048)
+    promising = dataclasses.replace(v3.PARALLEL, schedule="zero-bubble")
+    made = make_plan(dataclasses.replace(v3.job(), parallel=promising), hardware_named("h800"), 2048)
     assert made.why == "the fastest that fits"
-    assert "the recipe's own layout (pipeline 16" in made.notes[0]
-    assert "GiB a rank" in made.notes[0]
+    assert "the recipe's own layout (pipeline 16, expert 64, data 128, zero-bubble" in made.notes[0]
+    assert "is not taken: it takes 92.2 GiB a rank" in made.notes[0]
