@@ -130,10 +130,11 @@ def make_plan(
     system = system or (DSV3 if hardware.name == "cpu" else REPORT)
     rows, seq_len, precision = job.train.schedule.batch_size, job.train.seq_len, job.train.precision
     least, room = min(job.rows()), hardware.memory * hardware.usable
-    found, smallest = candidates(
-        job.model, count, hardware, system, rows=rows, least=least, seq_len=seq_len, precision=precision
-    )
     own = layout_of(job.parallel, count, micro_batch=job.train.micro_batch, recompute=job.train.recompute)
+    found, smallest = candidates(
+        job.model, count, hardware, system, rows=rows, least=least, seq_len=seq_len, precision=precision,
+        fp8_dispatch=own.fp8_dispatch,
+    )  # fmt: skip
     why = refusal(job.model, own, least)
     if why is None:
         chosen = examine(job.model, own, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
@@ -171,7 +172,10 @@ def _plan(
 
 def _notes(layout: Layout, time: StepTime, system: System) -> Iterator[str]:
     if layout.pipeline > 1 and time.schedule != layout.schedule:
-        yield f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}; memory is this package's"
+        yield (
+            f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}; "
+            "memory is this package's"
+        )
 
 
 def _pretraining(job: Job, layout: Layout, hardware: Hardware, system: System) -> PhaseCost:

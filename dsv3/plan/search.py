@@ -91,6 +91,7 @@ def candidates(
     least: int,
     seq_len: int,
     precision: str,
+    fp8_dispatch: bool | None = None,
 ) -> tuple[list[Candidate], Candidate | None]:
     """Those that fit, fastest first; and of those that do not, the smallest.
 
@@ -99,7 +100,7 @@ def candidates(
     """
     fitting: list[Candidate] = []
     smallest: tuple[Layout, Memory] | None = None
-    for layout in layouts(model, gpus):
+    for layout in layouts(model, gpus, fp8_dispatch):
         if refusal(model, layout, least) is not None:
             continue
         memory = memory_of(model, layout, seq_len=seq_len, precision=precision)
@@ -117,7 +118,7 @@ def candidates(
     return fitting, Candidate(layout, memory, time)
 
 
-def layouts(model: ModelConfig, gpus: int) -> Iterator[Layout]:
+def layouts(model: ModelConfig, gpus: int, fp8_dispatch: bool | None = None) -> Iterator[Layout]:
     for pipeline in _divisors(gpus, model.num_hidden_layers + 1):
         for expert in _divisors(gpus // pipeline, model.n_routed_experts):
             for schedule in ("1f1b", "zero-bubble", "dualpipev") if pipeline > 1 else ("1f1b",):
@@ -126,7 +127,7 @@ def layouts(model: ModelConfig, gpus: int) -> Iterator[Layout]:
                         for micro_batch in (1, 2, 4):
                             yield Layout(
                                 gpus=gpus, pipeline=pipeline, expert=expert, sharding=sharding, schedule=schedule,
-                                micro_batch=micro_batch, recompute=recompute,
+                                micro_batch=micro_batch, recompute=recompute, fp8_dispatch=fp8_dispatch if expert > 1 else None,
                             )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_a_plan_says_whose_schedule_it_times(report):
 def test_fp8_dispatch_shortens_the_network_of_a_bfloat16_run():
     def network(dispatch):
         parallel = ParallelConfig(pipeline=16, expert=64, dispatch=dispatch)
-        job = plain_job("k", ModelConfig(), tokens=1e12, batch_size=15360, parallel=parallel)
+        job = plain_job("k", ModelConfig(), tokens=1e12, batch_size=15360, parallel=parallel, recompute=True)
         return make_plan(job, hardware_named("h200"), 2048, system=DSV3).chosen.time.network
 
     assert network("fp8") < 0.8 * network("precision")

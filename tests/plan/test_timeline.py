@@ -165,7 +165,7 @@ def test_the_report_runs_dualpipe_and_its_step_is_the_orders():
 
 def test_the_published_blocks_in_dualpipes_order_make_most_of_the_published_step():
     """ISCA'25's table 4 has sums of a step of 19.926 s. How many blocks of a kind a rank has follows from the order; so what each
-    takes. Laid out, they end 7% early, and idle 0.8 s in place of 2.06: the order knows none but equal ranks, and 61 layers,
+    takes. Laid out, they end 6% early, and idle 0.8 s in place of 2.06: the order knows none but equal ranks, and 61 layers,
     MTP and head are unequal on 8 pairs of ranks; nor does it know what sending takes or waits for stragglers."""
     ones = lay_out("dualpipe", 16, 120, Seconds(1.0, 1.0, 1.0, 1.0))
     number = {kind: count / 16 for kind, count in Counter(block.kind for block in ones).items()}
