@@ -271,7 +271,7 @@ def rank_elements(model: ModelConfig, layout: Layout) -> Held:
 # -- once a step, and once a micro-batch -----------------------------------------------------------------------------------
 
 
-def _rate(ranks: int, stride: int, hardware: Hardware) -> float:
+def ring_rate(ranks: int, stride: int, hardware: Hardware) -> float:
     """Of a ring over ranks that are `stride` apart. It leaves a node once for all of its ranks that are in it, over as many of
     the node's adapters: nccl-tests' bus bandwidth is that of NVLink or of the node's whole network, whichever is less."""
     if ranks * stride <= hardware.node:
@@ -282,7 +282,7 @@ def _rate(ranks: int, stride: int, hardware: Hardware) -> float:
 
 def _ring(elements: float, width: float, ranks: int, stride: int, hardware: Hardware) -> float:
     """Reduce-scatter or all-gather: each rank sends all but its own share."""
-    return elements * width * (ranks - 1) / ranks / _rate(ranks, stride, hardware) if ranks > 1 else 0.0
+    return elements * width * (ranks - 1) / ranks / ring_rate(ranks, stride, hardware) if ranks > 1 else 0.0
 
 
 def exchange_seconds(held: Held, layout: Layout, hardware: Hardware, precision: str, system: System) -> float:

@@ -10,7 +10,9 @@ from dsv3.plan.hardware import hardware_named
 from dsv3.plan.job import job_from_file, plain_job, with_options
 from dsv3.plan.memory import memory_of
 from dsv3.plan.plan import make_plan
-from dsv3.plan.step import DSV3
+from dsv3.plan.search import layouts
+from dsv3.plan.step import DSV3, ring_rate
+from dsv3.plan.work import Setting, layer_cost
 from dsv3.recipes import mini, tiny, v3
 
 
@@ -178,3 +180,29 @@ def test_a_recipe_whose_own_layout_does_not_fit_is_told_why():
     assert made.why == "the fastest that fits"
     assert "the recipe's own layout (pipeline 16, expert 64, data 128, zero-bubble" in made.notes[0]
     assert "is not taken: it takes 92.2 GiB a rank" in made.notes[0]
+
+
+def test_a_search_keeps_what_the_run_dispatches():
+    found = list(layouts(mini.job().model, 8, True))
+    assert {layout.fp8_dispatch for layout in found if layout.expert > 1} == {True}
+    assert {layout.fp8_dispatch for layout in found if layout.expert == 1} == {None}
+
+
+def test_a_ring_over_whole_nodes_leaves_each_once():
+    h800 = hardware_named("h800")
+    assert ring_rate(8, 1, h800) == h800.inside
+    assert ring_rate(128, 1, h800) == h800.inside < 8 * h800.between  # NVLink is the slower
+    assert ring_rate(2, 64, h800) == h800.between  # one device a node
+    assert ring_rate(16, 4, h800) == 2 * h800.between
+
+
+def test_this_package_dispatches_twice_in_fp8_and_the_report_does_not():
+    setting = Setting(precision="fp8", seq_len=4096, tokens=4096, expert=64)
+    once, twice = (
+        layer_cost(ModelConfig(), 30, dataclasses.replace(setting, dispatch_again=again), hardware_named("h800"))
+        for again in (False, True)
+    )
+    assert once.backward.wire == once.forward.wire
+    assert twice.backward.wire == pytest.approx(once.backward.wire * (1 + 1.03125 / 3.03125))
+    behind = layer_cost(ModelConfig(), 30, dataclasses.replace(setting, behind_shared="both"), hardware_named("h800"))
+    assert 0.5 * once.forward.wire <= behind.forward.wire < once.forward.wire
