@@ -214,7 +214,7 @@ def _add_serving(shown: Any, serving: Serving, hardware: Hardware) -> None:
             each = f"; {_number(unit.batch, 'request')} a device, {unit.per_user:.0f} tokens/s each"
             if unit.per_user < serving.per_user:
                 each += f" (fewer than the {serving.per_user:g} wanted)"
-        price = f", ${hardware.price / 3.6e-3 / unit.tokens_per_second:,.2f} a million" if hardware.price else ""
+        price = f", ${hardware.price / 3.6e-3 / unit.tokens_per_second:,.2g} a million" if hardware.price else ""
         shown.add_row(
             "", name,
             f"{_number(unit.devices, 'device')}, {unit.experts:g} experts of a layer each: {unit.tokens_per_second:,.0f} tokens/s "
