@@ -276,6 +276,20 @@ def _experts_down_wgrad(
     return fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *cast_columns(act, offsets), offsets)
 
 
+def _up_wgrad_of_codes(
+    dh: Fp8, codes: Tensor, scales: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> Tensor:
+    rows = _dispatch(codes, scales, order, inverse)
+    return fp8_grouped_wgrad(*dh, *retile(*rows, offsets), offsets)
+
+
+def _down_wgrad_of_codes(
+    codes: Tensor, scales: Tensor, act: Fp8, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> Tensor:
+    rows = _dispatch(codes, scales, order, inverse)
+    return fp8_grouped_wgrad(*retile_gradient(*rows, offsets), *act, offsets)
+
+
 def _dispatch(codes: Tensor, scales: Tensor, order: Tensor, inverse: Tensor) -> Fp8:
     """A token's tiles (N, D) to its K rows in expert order (R, D)."""
     return Fp8(permute(codes.view(torch.uint8), order, inverse).view(codes.dtype), permute(scales, order, inverse))
@@ -335,8 +349,23 @@ def _save_linear(ctx, inputs, output) -> None:
 def _differentiate_linear(ctx, dy: Tensor):
     x, w_codes, w_scales = ctx.saved_tensors
     dx = _linear_dgrad(dy, w_codes, w_scales)
-    (dw,) = weight_gradients(ctx, [1], lambda: [_linear_wgrad(dy, x)])
+    if _may_wait(ctx):
+        rows = one_group(dy.shape[0], dy.device)
+        make = functools.partial(_one, fp8_wgrad, *cast_gradient_columns(dy, rows), *cast_columns(x, rows))
+    else:
+        make = functools.partial(_one, _linear_wgrad, dy, x)
+    (dw,) = weight_gradients(ctx, [1], make)
     return dx, dw, None, None, None, None, None
+
+
+def _may_wait(ctx: Any) -> bool:
+    """Whether the product's weight has a gradient that may be promised. What a promise holds is cast first: half the memory, and
+    the codes that it is made of in any case."""
+    return ctx.later is not None and ctx.next_functions[1][0] is not None
+
+
+def _one(wgrad: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+    return [wgrad(*args)]
 
 
 def _save_up(ctx, inputs, output) -> None:
@@ -348,7 +377,12 @@ def _differentiate_up(ctx, dh: Tensor):
     dh = dh.contiguous()
     codes, scales, w_codes, w_scales, order, inverse, offsets = ctx.saved_tensors
     dx = _experts_up_dgrad(dh, w_codes, w_scales, order, inverse, offsets, codes.shape[0])
-    (dw,) = weight_gradients(ctx, [1], lambda: [_experts_up_wgrad(dh, codes, scales, order, inverse, offsets)])
+    rows = codes, scales, order, inverse, offsets
+    if _may_wait(ctx):
+        make = functools.partial(_one, _up_wgrad_of_codes, cast_gradient_columns(dh, offsets), *rows)
+    else:
+        make = functools.partial(_one, _experts_up_wgrad, dh, *rows)
+    (dw,) = weight_gradients(ctx, [1], make)
     return dx, dw, *(None,) * 7
 
 
@@ -362,7 +396,12 @@ def _differentiate_down(ctx, d_out: Tensor):
     act, w_codes, w_scales, order, inverse, offsets = ctx.saved_tensors
     codes, scales = cast_gradient(d_out.contiguous(), pow2=True)
     d_act = _experts_down_dgrad(codes, scales, w_codes, w_scales, order, inverse, offsets)
-    (dw,) = weight_gradients(ctx, [1], lambda: [_experts_down_wgrad(codes, scales, act, order, inverse, offsets)])
+    rows = order, inverse, offsets
+    if _may_wait(ctx):
+        make = functools.partial(_one, _down_wgrad_of_codes, codes, scales, cast_columns(act, offsets), *rows)
+    else:
+        make = functools.partial(_one, _experts_down_wgrad, codes, scales, act, *rows)
+    (dw,) = weight_gradients(ctx, [1], make)
     return d_act, dw, *(None,) * 8
 
 

@@ -4,9 +4,7 @@
             plan's seconds; white is the bubble. Of two stages a rank the second is paler; two passes side by side share a block
     below   bytes of a rank by kind, against what the device has
 
-So many micro-batches are drawn as fill the pipeline, or SHOWN: the rest would repeat the middle. DualPipe's bubble is counted by
-its authors' formula (step.py), and its drawn step ends a little later: forwards and backwards that have no partner take longer
-than half a pair.
+So many micro-batches are drawn as fill the pipeline, or SHOWN: the rest would repeat the middle.
 Does not: count anything.
 """
 

@@ -66,8 +66,10 @@ class Hardware:
     """Of the memory, after the driver, the network's buffers and fragments."""
     peak: Mapping[str, float]
     """The data sheet's, for MFU alone."""
-    price: float
+    price: float = 0.0
     """Dollars an hour."""
+    priced: str = ""
+    """Where the price is from."""
     sources: str
 
     def __post_init__(self) -> None:
@@ -88,17 +90,18 @@ class Hardware:
 
 def _hopper(name: str, **changes: Any) -> Hardware:
     """H100, H200 and H800 have the same processor. BF16: mamf-finder's 794 (ml-engineering); FP8: DeepGEMM; attention:
-    FlashAttention-3 (arXiv 2407.08608, causal, 128 a head, 4K: read off its figures) and FlashMLA's 660; NVLink and IB: DeepEP's
-    EP8 and EP64, of few tokens (128 a device) its low-latency EP64: 173 us there, 314 us back."""
+    FlashAttention-3 at 128 a head and 4K (arXiv 2407.08608; figure 5: forward 638, causal 579; figure 6: backward 542 without
+    a mask, here times 579 / 638) and FlashMLA's 660; NVLink and IB: DeepEP's EP8 and EP64, of few tokens (128 a device) its
+    low-latency EP64: 173 us there, 314 us back."""
     fields: dict[str, Any] = {
         "name": name, "memory": 80 * GB,
         "products": {"fp8": 1430e12, "bfloat16": 794e12, "float32": 380e12},
         "half": {"fp8": 730.0, "bfloat16": 405.0, "float32": 200.0},  # as long a time a tile: 730 / 1430 · 794
-        "attention": (580e12, 450e12), "decode_attention": 660e12,
+        "attention": (579e12, 492e12), "decode_attention": 660e12,
         "bandwidth": 3000 * GB, "inside": 155 * GB, "between": 50.5 * GB, "small": 45 * GB, "node": 8, "message": 30e-6,
         "copy_share": 20 / 132,  # report 3.2.2: 20 of 132 multiprocessors
         "kept": KEPT,
-        "peak": {"fp8": 1979e12, "bfloat16": 989e12, "float32": 495e12}, "price": 2.0, "sources": _HOPPER,
+        "peak": {"fp8": 1979e12, "bfloat16": 989e12, "float32": 495e12}, "sources": _HOPPER,
     }  # fmt: skip
     return Hardware(**(fields | changes))
 
@@ -113,14 +116,19 @@ _BLACKWELL = (
     "8 TB/s; network: DeepEP's share of NVLink 5, 400 Gb/s a device between nodes"
 )
 _GB200: dict[str, Any] = {  # its data sheet promises 2,500 and 5,000 TFLOPS, 1.11 times a B200's; 72 devices share NVLink
-    "node": 72, "memory": 186 * GB, "price": 6.0, "attention": (1620e12, 1110e12), "decode_attention": 1620e12,
+    "node": 72, "memory": 186 * GB, "attention": (1620e12, 1110e12), "decode_attention": 1620e12,
     "products": {"fp8": 3810e12, "bfloat16": 1940e12, "float32": 890e12},
     "peak": {"fp8": 5000e12, "bfloat16": 2500e12, "float32": 1250e12},
 }  # fmt: skip
-PRICES = (
-    "H800 $2.00: the report's own assumption (table 1). H100 $2.50, H200 $3.20, B200 $5.00: round figures of rental markets "
-    "in 2025, which move; give your own with --price. CPU $0.05 an hour: a core of a cloud machine"
-)
+PRICES = {
+    "h800": (2.0, "the report's own assumption (table 1); no market's price was found"),
+    "h100": (3.99, "Lambda, eight on demand, 25 September 2026; elsewhere 2.69 (RunPod) to 10.98 (Google)"),
+    "h200": (4.5, "Nebius, on demand, 25 September 2026; elsewhere 3.59 to 4.59 (RunPod)"),
+    "b200": (6.69, "Lambda, eight on demand, 20 September 2026; elsewhere 5.98 (RunPod) to 7.15 (Nebius)"),
+    "gb200": (4.54, "half of a superchip's 9.08, Spheron, 17 March 2026"),
+    "cpu": (0.05, "a round figure for a core of a cloud machine, without a source"),
+}
+"""Dollars an hour and device; where and when. Rents move: give your own with --price."""
 
 
 def known_hardware() -> dict[str, Hardware]:
@@ -131,15 +139,19 @@ def known_hardware() -> dict[str, Hardware]:
         "half": {"fp8": 730.0, "bfloat16": 405.0, "float32": 200.0},
         "attention": (1460e12, 1000e12), "decode_attention": 1460e12,
         "bandwidth": 7200 * GB, "inside": 310 * GB, "between": 50.5 * GB, "copy_share": 20 / 148,
-        "peak": {"fp8": 4500e12, "bfloat16": 2250e12, "float32": 1100e12}, "price": 5.0, "sources": _BLACKWELL,
+        "peak": {"fp8": 4500e12, "bfloat16": 2250e12, "float32": 1100e12}, "sources": _BLACKWELL,
     }  # fmt: skip
-    return {
+    known = {
         "h800": _hopper("h800"),
-        "h100": _hopper("h100", inside=300 * GB, price=2.5),
-        "h200": _hopper("h200", inside=300 * GB, memory=141 * GB, bandwidth=4300 * GB, price=3.2),
+        "h100": _hopper("h100", inside=300 * GB),
+        "h200": _hopper("h200", inside=300 * GB, memory=141 * GB, bandwidth=4300 * GB),
         "b200": _hopper("b200", **blackwell),
         "gb200": _hopper("gb200", **(blackwell | _GB200)),
         "cpu": _cpu(),
+    }
+    return {
+        name: dataclasses.replace(hardware, price=PRICES[name][0], priced=PRICES[name][1])
+        for name, hardware in known.items()
     }
 
 
@@ -150,7 +162,7 @@ def _cpu() -> Hardware:
         products={"fp8": 203e9, "bfloat16": 226e9, "float32": 61e9},
         half={"fp8": 341.0, "bfloat16": 37.0, "float32": 0.0},
         attention=(148e9, 148e9), decode_attention=148e9, bandwidth=9.1 * GB, inside=1 * GB, between=1 * GB, node=64,
-        usable=0.9, peak={"fp8": 225e9, "bfloat16": 225e9, "float32": 75e9}, price=0.05,
+        usable=0.9, peak={"fp8": 225e9, "bfloat16": 225e9, "float32": 75e9},
         sources="bench/plan.py on one core of an AMD EPYC with AVX-512 BF16",
     )  # fmt: skip
 
@@ -172,7 +184,7 @@ def hardware_named(name: str, *, price: float | None = None) -> Hardware:
         )
     if price is not None and price < 0:
         raise ValueError(f"--price {price} is negative: give dollars an hour and device")
-    return found if price is None else dataclasses.replace(found, price=price)
+    return found if price is None else dataclasses.replace(found, price=price, priced="--price")
 
 
 def _alike(value: Any, example: Any) -> bool:
@@ -207,6 +219,7 @@ def _from_file(path: Path, known: Mapping[str, Hardware]) -> Hardware:
         raise ValueError(f"{path} has unknown fields {unknown}: known are {', '.join(sorted(fields))}")
     base = known[like]
     changes: dict[str, Any] = {"name": path.stem, "sources": str(path)}
+    changes |= {"priced": str(path)} if "price" in content else {}
     for key, value in content.items():
         like_this = getattr(base, key)
         if not _alike(value, like_this):

@@ -16,6 +16,7 @@ Does not: run anything.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tomllib
 from collections import Counter
@@ -53,13 +54,17 @@ class Job:
 
     def rows(self) -> Counter[int]:
         """Rows of a step -> how many steps of pre-training have so many."""
-        schedule = self.train.schedule
-        return Counter(schedule.rows(step) for step in range(schedule.steps))
+        return _rows(self.train.schedule)
 
     @property
     def tokens(self) -> int:
         """Of pre-training."""
         return sum(rows * steps for rows, steps in self.rows().items()) * self.train.seq_len
+
+
+@functools.lru_cache(maxsize=16)
+def _rows(schedule: Any) -> Counter[int]:
+    return Counter(schedule.rows(step) for step in range(schedule.steps))
 
 
 def steps_for(tokens: float, *, seq_len: int, batch_size: int) -> int:

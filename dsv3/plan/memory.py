@@ -4,7 +4,9 @@
                    while a micro-batch's backward ends; moments 8 · N, in FP8 training 4 · N
     a mesh         masters and moments sharded: N_dense / data + N_experts / (expert · replicas); zero1 gathers the weights for
                    a whole step and adds up float32 gradients of all of them, fsdp a layer at a time
-    activations    what the backward pass reads again, a token and layer: `kept_values`; times the micro-batches under way
+    activations    what the backward pass reads again, a token and layer: `kept_values`; times the micro-batches under way. Of those
+                   that have only their weights' gradients to come (zero-bubble, dualpipev) what these are made of:
+                   `promised_bytes`. How many wait for which, and when most do, says the schedule's order (timeline.held)
     buffers        one layer's working set, the head's block of logits, and what a gathered layer needs on top
 
 The widths are those of parallel/fsdp.py and parallel/apply.py. tests/plan builds the model on fake tensors, on 2,048 ranks that
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dsv3.model.census import is_fp8_weight, is_router_bias, memory_shapes
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.stage import STAGES_A_RANK, Part, split
 from dsv3.plan.step import Layout
+from dsv3.plan.timeline import held
 
 LOGITS_BLOCK = 1 << 21  # values that the head's loss holds at once (kernels/cross_entropy.py)
 
@@ -65,11 +68,15 @@ class Counted:
 
 def memory_of(model: ModelConfig, layout: Layout, *, seq_len: int, precision: str) -> Memory:
     """Of the fullest rank."""
-    ranks = [
+    return max(memories(model, layout, seq_len=seq_len, precision=precision), key=lambda memory: memory.total)
+
+
+def memories(model: ModelConfig, layout: Layout, *, seq_len: int, precision: str) -> list[Memory]:
+    """Of every pipeline rank."""
+    return [
         _rank_memory(model, layout, rank, parts, seq_len=seq_len, precision=precision)
         for rank, parts in enumerate(ranks_of(model, layout.pipeline, layout.schedule))
     ]
-    return max(ranks, key=lambda memory: memory.total)
 
 
 def _rank_memory(
@@ -79,15 +86,29 @@ def _rank_memory(
     tokens = layout.micro_batch * seq_len
     layers = [layer for part in parts for layer in part.layers]
     heads = sum(1 + model.num_nextn_predict_layers for part in parts if part.last)
-    a_micro_batch = tokens * sum(layer_bytes(model, layer, precision, layout.recompute) for layer in layers)
-    a_micro_batch += (
-        heads * tokens * model.hidden_size * 2 * width(precision)
-    )  # states, and the head's gradient of them
+    stages = [_stage_bytes(model, part, precision, layout.recompute, layout.expert > 1) for part in parts]
+    waiting = max(
+        sum(running * kept + promised * made for (running, promised), (kept, made) in zip(moment, stages, strict=True))
+        for moment in moments(layout, rank)
+    )
     return Memory(
         **weights_and_gradients(counted, layout, precision),
-        activations=a_micro_batch * under_way(layout, rank),
+        activations=tokens * waiting,
         buffers=buffer_bytes(model, counted, layout, layers, bool(heads), tokens, precision),
     )
+
+
+def _stage_bytes(model: ModelConfig, part: Part, precision: str, recompute: bool, spread: bool) -> tuple[float, float]:
+    """Of a micro-batch's token in a stage: until its backward pass, and from then until its weights' gradients are made."""
+    kept = sum(layer_bytes(model, layer, precision, recompute, spread) for layer in part.layers)
+    if part.last:  # states, and the head's gradient of them
+        kept += (1 + model.num_nextn_predict_layers) * model.hidden_size * 2 * width(precision)
+    return kept, sum(promised_bytes(model, layer, precision, spread) for layer in part.layers)
+
+
+def moments(layout: Layout, rank: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """When a pipeline rank holds most: for each of its stages, micro-batches that wait for either half of their backward."""
+    return held(layout.schedule, layout.pipeline)[rank] if layout.pipeline > 1 else (((1, 0),),)
 
 
 @functools.cache
@@ -97,22 +118,26 @@ def ranks_of(model: ModelConfig, pipeline: int, schedule: str) -> tuple[tuple[Pa
     return tuple(tuple(part for part in parts if part.rank == rank) for rank in range(pipeline))
 
 
-@functools.cache
 def count(model: ModelConfig, parts: tuple[Part, ...], expert: int) -> Counted:
     """What the parts of one rank hold, with this rank's share of the experts."""
+    whole = _count(model, parts)
+    return replace(whole, experts=whole.experts // expert)
+
+
+@functools.cache
+def _count(model: ModelConfig, parts: tuple[Part, ...]) -> Counted:
     sums = dict.fromkeys(("experts", "swapped", "narrow", "wide"), 0)
     for name, shape in memory_shapes(model):
         copies = sum(part.holds(name) for part in parts)
         if not copies or is_router_bias(name):
             continue
         if ".mlp.experts." in name:
-            sums["experts"] += copies * math.prod(shape) // expert
+            kind = "experts"
         elif is_fp8_weight(name):
-            sums["swapped"] += copies * math.prod(shape)
-        elif name == "lm_head.weight" or name.endswith("eh_proj.weight"):
-            sums["narrow"] += copies * math.prod(shape)
+            kind = "swapped"
         else:
-            sums["wide"] += copies * math.prod(shape)
+            kind = "narrow" if name == "lm_head.weight" or name.endswith("eh_proj.weight") else "wide"
+        sums[kind] += copies * math.prod(shape)
     return Counted(**sums)
 
 
@@ -134,9 +159,13 @@ def weights_and_gradients(counted: Counted, layout: Layout, precision: str) -> d
     if layout.sharding == "fsdp":
         return {"weights": 4 * shards + codes, "gradients": 4 * shards, "optimizer": moments * shards}
     every = counted.dense + counted.experts
+    # Sums of several ranks come on top of a rank's own; one rank's are its own.
+    summed = (counted.dense / layout.data if layout.data > 1 else 0) + (
+        counted.experts / layout.replicas if layout.replicas > 1 else 0
+    )
     return {
         "weights": 4 * shards + gathered_bytes(counted, precision) + codes,
-        "gradients": 4 * every + 4 * shards,
+        "gradients": 4 * (every + summed),
         "optimizer": moments * shards,
     }
 
@@ -169,14 +198,21 @@ def width(precision: str) -> int:
     return 4 if precision == "float32" else 2
 
 
-def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool) -> float:
-    """What a token leaves behind in a layer until its backward pass."""
+def layer_bytes(model: ModelConfig, layer: int, precision: str, recompute: bool, spread: bool = False) -> float:
+    """What a token leaves behind in a layer until its backward pass.
+
+    Args:
+        spread: experts are on several ranks: what arrives for a rank's are rows of their own, as many as a token has experts.
+    """
     wide = width(precision)
     if recompute:
         return wide * model.hidden_size
     if precision == "fp8":
         return fp8_kept_bytes(model, layer)
-    return kept_values(model, layer, plain=precision == "float32") * wide + kept_besides(model, layer, precision)
+    values = kept_values(model, layer, plain=precision == "float32")
+    if spread and precision == "bfloat16" and model.is_moe(layer):
+        values += model.num_experts_per_tok * model.hidden_size
+    return values * wide + kept_besides(model, layer, precision)
 
 
 def fp8_kept_bytes(model: ModelConfig, layer: int) -> float:
@@ -223,19 +259,31 @@ def kept_besides(model: ModelConfig, layer: int, precision: str) -> float:
     return 4 * model.num_attention_heads + router_input + routing_bytes(model, layer)
 
 
-def under_way(layout: Layout, rank: int) -> float:
-    """Micro-batches whose activations a rank holds at once, in units of all its layers (DualPipe's README)."""
-    ranks = layout.pipeline
-    if ranks == 1:
-        return 1.0
-    return {
-        "1f1b": float(ranks - rank),
-        "interleaved": ranks + (ranks - 1) / layout.chunks,
-        "zero-bubble": float(ranks),
-        "zb1p": float(ranks),
-        "dualpipe": ranks + 1.0,
-        "dualpipev": ranks + 0.5,
-    }[layout.schedule]
+def promised_bytes(model: ModelConfig, layer: int, precision: str, spread: bool = False) -> float:
+    """What a token holds in a layer between the halves of its backward pass: input and output's gradient of every product whose
+    weight waits (kernels/later.py), however the layer's activations are kept before. In FP8 training as the codes that they are
+    multiplied in (model/fp8.py), each product its own."""
+    dim, latent, mtp = model.hidden_size, model.kv_lora_rank + model.qk_rope_head_dim, layer >= model.num_hidden_layers
+    heads, fp8, rows = model.num_attention_heads, precision == "fp8", model.num_experts_per_tok
+    queries = heads * model.qk_head_dim + 2 * (model.q_lora_rank or 0)
+    of_heads = heads * (model.qk_nope_head_dim + 2 * model.v_head_dim)
+    # The inputs that two products share, of queries and latents, gate and up, are held once but as codes; and so are c_kv's own
+    # values where bfloat16 holds the whole latent.
+    shared = dim if fp8 else 0
+    attention = 2 * dim + shared + queries + of_heads + 2 * latent - (model.qk_rope_head_dim if fp8 else 0)
+    moe = model.is_moe(layer)
+    inner = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
+    values = attention + (2 * dim + shared + 3 * inner if inner else 0)
+    if moe:
+        values += 3 * rows * model.moe_intermediate_size
+        values += 2 * dim if fp8 or not inner else 0  # of the experts alone
+        if precision == "float32":  # grouped products of gathered rows
+            values += 2 * rows * dim
+        elif spread:  # a token's row for each of its experts, and of what comes back its gradient
+            values += 2 * (rows - 1) * dim if fp8 else 2 * rows * dim
+    each = 1 + 4 / 128 if fp8 else width(precision)
+    beside = (20 if fp8 else 12) * rows if moe else 0  # order of the rows, and what they weigh
+    return each * values + beside + (3 * dim * width(precision) if mtp else 0)  # eh_proj
 
 
 # -- buffers ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Does not: print (cli/plan.py), or draw (draw.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from dsv3.model.census import census, training_flops_per_token
 from dsv3.plan.hardware import Hardware
 from dsv3.plan.job import Job, Phase
 from dsv3.plan.memory import memory_of
-from dsv3.plan.search import Candidate, candidates, does_not_fit, examine, layout_of, refusal
+from dsv3.plan.search import GIB, Candidate, candidates, does_not_fit, examine, layout_of, refusal
 from dsv3.plan.serving import Serving, serving_of
 from dsv3.plan.step import DSV3, REPORT, Layout, StepTime, System, step_time
 
@@ -32,7 +32,8 @@ class PhaseCost:
     dollars: float
     gpus: int
     fits: bool
-    """Whether this package holds it in memory, computed again where need be. It has no context parallelism."""
+    """Whether this package holds its rows in memory, computed again where need be. It has no context parallelism. False: the
+    cost is of a system that has it, with layers computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class Plan:
             "gpu_hours": self.gpu_hours,
             "gpu_hours_total": sum(phase.gpu_hours for phase in self.phases),
             "price": self.hardware.price,
+            "price_source": self.hardware.priced,
             "dollars": self.phases[0].dollars,
             "dollars_total": sum(phase.dollars for phase in self.phases),
             "phases": [dataclasses.asdict(phase) for phase in self.phases],
@@ -127,22 +129,31 @@ def make_plan(
         raise ValueError(f"--gpus is {count}: give at least 1")
     system = system or (DSV3 if hardware.name == "cpu" else REPORT)
     rows, seq_len, precision = job.train.schedule.batch_size, job.train.seq_len, job.train.precision
-    found, smallest = candidates(job.model, count, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
+    least, room = min(job.rows()), hardware.memory * hardware.usable
     own = layout_of(job.parallel, count, micro_batch=job.train.micro_batch, recompute=job.train.recompute)
-    why = refusal(job.model, own, rows)
-    if why is None and not search:
+    found, smallest = candidates(
+        job.model, count, hardware, system, rows=rows, least=least, seq_len=seq_len, precision=precision,
+        fp8_dispatch=own.fp8_dispatch,
+    )  # fmt: skip
+    why = refusal(job.model, own, least)
+    if why is None:
         chosen = examine(job.model, own, hardware, system, rows=rows, seq_len=seq_len, precision=precision)
-        if chosen.memory.total <= hardware.memory * hardware.usable:
+        if chosen.memory.total <= room and not search:
             return _plan(job, hardware, system, chosen, "the recipe's", found)
         smallest = smallest or chosen
+        why = None if chosen.memory.total <= room else f"it takes {chosen.memory.total / GIB:.1f} GiB a rank"
     if not found:
         if smallest is None:
-            raise ValueError(f"no layout of {count} devices suits {rows} rows a step: {why or 'take another number'}")
-        raise ValueError(does_not_fit(smallest, hardware, job.model, seq_len=seq_len))
-    return _plan(job, hardware, system, found[0], "the fastest that fits", found)
+            raise ValueError(f"no layout of {count} devices suits {least} rows a step: {why or 'take another number'}")
+        raise ValueError(does_not_fit(smallest, hardware, job.model, rows=least, seq_len=seq_len, precision=precision))
+    notes = [] if why is None else [f"the recipe's own layout ({own.describe()}) is not taken: {why}"]
+    return _plan(job, hardware, system, found[0], "the fastest that fits", found, notes)
 
 
-def _plan(job: Job, hardware: Hardware, system: System, chosen: Candidate, why: str, found: list[Candidate]) -> Plan:
+def _plan(
+    job: Job, hardware: Hardware, system: System, chosen: Candidate, why: str, found: list[Candidate],
+    notes: Sequence[str] = (),
+) -> Plan:  # fmt: skip
     rows, seq_len = job.train.schedule.batch_size, job.train.seq_len
     rate = rows * seq_len / chosen.time.seconds
     flops = training_flops_per_token(job.model, seq_len, causal=True)
@@ -154,13 +165,17 @@ def _plan(job: Job, hardware: Hardware, system: System, chosen: Candidate, why: 
         alternatives=tuple(other for other in found if other.layout != layout)[:10],
         tokens=job.tokens, tokens_per_second=rate, mfu=rate / layout.gpus * flops / peak,
         phases=(_pretraining(job, layout, hardware, system), *(_phase(job, p, layout, hardware, system) for p in job.phases)),
-        notes=tuple(_notes(layout, chosen.time, system)), as_dsv3=dsv3, serving=serving_of(job.model, hardware),
+        notes=(*notes, *_notes(layout, chosen.time, system)), as_dsv3=dsv3,
+        serving=serving_of(job.model, hardware, most=layout.gpus),
     )  # fmt: skip
 
 
 def _notes(layout: Layout, time: StepTime, system: System) -> Iterator[str]:
     if layout.pipeline > 1 and time.schedule != layout.schedule:
-        yield f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}"
+        yield (
+            f"times are of {time.schedule}, which the {system.name}'s system runs where this package runs {layout.schedule}; "
+            "memory is this package's"
+        )
 
 
 def _pretraining(job: Job, layout: Layout, hardware: Hardware, system: System) -> PhaseCost:
@@ -180,21 +195,31 @@ def _pretraining(job: Job, layout: Layout, hardware: Hardware, system: System) -
 
 def _phase(job: Job, phase: Phase, layout: Layout, hardware: Hardware, system: System) -> PhaseCost:
     """On all of the devices, or on a half, a quarter, ... of them: few long rows leave a deep pipeline idle. The most devices
-    that cost at most a tenth more than the cheapest choice does."""
-    steps, choices = phase.tokens / (phase.rows * phase.seq_len), []
+    that cost at most a tenth more than the cheapest choice does, among those that hold the rows, or if none does the weights;
+    layers are computed again where that is needed."""
+    steps, precision = phase.tokens / (phase.rows * phase.seq_len), job.train.precision
+    room, found = hardware.memory * hardware.usable, list[tuple[bool, float, Layout]]()
     gpus = layout.gpus
     while gpus and gpus % layout.pipeline == 0:
-        fewer = dataclasses.replace(layout, gpus=gpus, expert=min(layout.expert, gpus // layout.pipeline))
-        hours = steps * _seconds(job, fewer, hardware, system, phase.rows, phase.seq_len) * gpus / 3600
-        choices.append((hours, fewer))
+        for again in (False, True):
+            tried = dataclasses.replace(
+                layout, gpus=gpus, expert=min(layout.expert, gpus // layout.pipeline), micro_batch=1,
+                recompute=layout.recompute or again,
+            )  # fmt: skip
+            memory = memory_of(job.model, tried, seq_len=phase.seq_len, precision=precision)
+            fits = memory.total <= room
+            if fits or (again and memory.weights + memory.gradients + memory.optimizer <= room):
+                hours = steps * _seconds(job, tried, hardware, system, phase.rows, phase.seq_len) * gpus / 3600
+                found.append((fits, hours, tried))
+            if fits:
+                break
         gpus = gpus // 2 if gpus % 2 == 0 else 0
+    fits = any(fits for fits, _, _ in found)
+    choices = [(hours, tried) for fit, hours, tried in found if fit == fits]
     cheapest = min(hours for hours, _ in choices)
     hours, used = next(choice for choice in choices if choice[0] <= 1.1 * cheapest)
-    again = dataclasses.replace(used, recompute=True)
-    memory = memory_of(job.model, again, seq_len=phase.seq_len, precision=job.train.precision)
     return PhaseCost(
-        name=phase.name, tokens=phase.tokens, gpu_hours=hours, dollars=hours * hardware.price, gpus=used.gpus,
-        fits=memory.total <= hardware.memory * hardware.usable,
+        name=phase.name, tokens=phase.tokens, gpu_hours=hours, dollars=hours * hardware.price, gpus=used.gpus, fits=fits
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@
 
 A benchmark that forces the balance of its experts by handing out experts in a row sends a token to one node (Automodel's
 FakeBalancedGate), which is in `neighbours`. Where a source does not say something (how much is computed again, how many
-devices), it stands in `assumed`.
+devices), it stands in `assumed`. Megatron-Bridge's configs say what it computes again (mla_up_proj), and its TFLOPS over its
+tokens/s that only the B200 run has the MTP layer: 260 GFLOP a token, 249 without.
 Does not: choose among them; every figure that was found with its layout is here.
 """
 
@@ -20,7 +21,8 @@ from dsv3.model.census import training_flops_per_token
 from dsv3.model.config import ModelConfig
 from dsv3.plan.hardware import known_hardware
 from dsv3.plan.serving import decode_seconds, network_bound, prefill_seconds
-from dsv3.plan.step import EAGER, REPORT, Layout, System, step_time
+from dsv3.plan.step import EAGER, REPORT, Layout, StepTime, System, step_time
+from dsv3.plan.timeline import lay_out
 
 V3 = ModelConfig()
 V3_WITHOUT_MTP = dataclasses.replace(V3, num_nextn_predict_layers=0)
@@ -34,6 +36,10 @@ KIMI_K2 = dataclasses.replace(
     first_k_dense_replace=1,
 )  # fmt: skip
 _NEIGHBOURS = dataclasses.replace(EAGER, neighbours=True)
+_SHARED = dataclasses.replace(EAGER, behind_shared="both")
+_UP_AGAIN = dataclasses.replace(EAGER, up_again=True)
+FLASH_ATTENTION_2 = (319e12, 269e12)
+"""On an H100, causal, 128 a head, 4K (FlashAttention-3's figures 5 and 6; backward as for hardware.py's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,8 @@ class TrainingRun:
     source: str
     assumed: str = ""
     seq_len: int = 4096
+    attention: tuple[float, float] | None = None
+    """Its attention's rates, where the source names older kernels than the hardware's."""
 
 
 def _interleaved(
@@ -71,9 +79,10 @@ RUNS = (
         source="V3 report table 1 (180K GPU-hours a trillion tokens); ISCA'25 table 4 (19.926 s a step)",
     ),
     TrainingRun(
-        name="DeepSeek-V2, H800", model=V2, hardware="h800", system=EAGER, rows=9216, precision="bfloat16",
+        name="DeepSeek-V2, H800", model=V2, hardware="h800", system=_SHARED, rows=9216, precision="bfloat16",
         rate=1e12 / (172.8e3 * 3600), layout=Layout(gpus=2048, pipeline=16, expert=8, schedule="zb1p"),
-        source="V2 report (arXiv 2405.04434) section 3.2.3: 172.8K GPU-hours a trillion tokens", assumed=_V2_GPUS,
+        source="V2 report (arXiv 2405.04434) sections 3.1.3 (shared experts behind the all-to-all, FlashAttention-2) and 3.2.3 "
+        "(172.8K GPU-hours a trillion tokens)", assumed=_V2_GPUS, attention=FLASH_ATTENTION_2,
     ),
     TrainingRun(
         name="V3 in Automodel, 1,024 H100", model=V3_WITHOUT_MTP, hardware="h100", system=_NEIGHBOURS, rows=8192,
@@ -88,27 +97,33 @@ RUNS = (
         precision="bfloat16", rate=924, layout=_interleaved(256, 8, 32, 4, recompute=True, rounds=2), source=_AUTOMODEL,
     ),
     TrainingRun(
-        name="V3 in Megatron-Bridge, 256 B200, FP8", model=V3_WITHOUT_MTP, hardware="b200", system=EAGER, rows=2048,
-        precision="fp8", rate=2139, layout=Layout(gpus=256, pipeline=16, expert=8, recompute=True), source=_BRIDGE,
-        assumed="layers computed again",
+        name="V3 in Megatron-Bridge, 256 B200, FP8", model=V3, hardware="b200", system=EAGER, rows=2048,
+        precision="fp8", rate=2139, layout=Layout(gpus=256, pipeline=16, expert=8), source=_BRIDGE,
     ),
     TrainingRun(
-        name="V3 in Megatron-Bridge, 256 GB200, BF16", model=V3_WITHOUT_MTP, hardware="gb200", system=EAGER, rows=4096,
-        precision="bfloat16", rate=3139, layout=_interleaved(256, 4, 64, 4), source=_BRIDGE, assumed="nothing computed again",
+        name="V3 in Megatron-Bridge, 256 GB200, BF16", model=V3_WITHOUT_MTP, hardware="gb200", system=_UP_AGAIN,
+        rows=4096, precision="bfloat16", rate=3139, layout=_interleaved(256, 4, 64, 4), source=_BRIDGE,
     ),
     TrainingRun(
         name="V3 in Megatron-Bridge, 256 GB200, FP8", model=V3_WITHOUT_MTP, hardware="gb200", system=EAGER, rows=4096,
-        precision="fp8", rate=4018, layout=_interleaved(256, 8, 32, 4), source=_BRIDGE, assumed="nothing computed again",
+        precision="fp8", rate=4018, layout=_interleaved(256, 8, 32, 4), source=_BRIDGE,
     ),
 )  # fmt: skip
 
 
-def rate_of(run: TrainingRun, kept: float) -> float:
-    """Tokens a second and device that the planner gives the run, if it keeps that share."""
+def time_of(run: TrainingRun, kept: float) -> StepTime:
+    """A step of the run, if it keeps that share of its kernels' rates."""
     hardware = dataclasses.replace(known_hardware()[run.hardware], kept=kept)
-    time = step_time(
+    if run.attention:
+        hardware = dataclasses.replace(hardware, attention=run.attention)
+    return step_time(
         run.model, run.layout, hardware, run.system, rows=run.rows, seq_len=run.seq_len, precision=run.precision
     )
+
+
+def rate_of(run: TrainingRun, kept: float) -> float:
+    """Tokens a second and device that the planner gives the run, if it keeps that share."""
+    time = time_of(run, kept)
     return run.rows * run.seq_len / run.layout.gpus / time.seconds
 
 
@@ -147,10 +162,10 @@ def all_comparisons() -> list[Comparison]:
     return [*held_out(), *report_run(), *step_of_the_report(), *deployments()]
 
 
-def report_run() -> list[Comparison]:
-    """The V3 report's table 1, with the share that the run itself did not help to set."""
-    others = statistics.median([kept_of(run) for run in RUNS[1:]])
-    ours = rate_of(RUNS[0], others)
+def report_run(runs: Sequence[TrainingRun] = RUNS) -> list[Comparison]:
+    """The V3 report's table 1, with the share that the run itself, the first, did not help to set."""
+    others = statistics.median([kept_of(run) for run in runs[1:]])
+    ours = rate_of(runs[0], others)
     hours = 1e12 / ours / 3600
     return [Comparison("GPU-hours a trillion tokens", 180e3, hours, "GPU-hours", "V3 report section 1")]
 
@@ -158,15 +173,34 @@ def report_run() -> list[Comparison]:
 def step_of_the_report() -> list[Comparison]:
     """What ISCA'25's table 4 counts of the report's step."""
     run, hardware = RUNS[0], known_hardware()["h800"]
-    time = step_time(
-        run.model, run.layout, hardware, run.system, rows=run.rows, seq_len=run.seq_len, precision=run.precision
-    )
+    time = time_of(run, hardware.kept)
     flops = training_flops_per_token(run.model, run.seq_len, causal=True)
     source = "ISCA'25 table 4"
     return [
         Comparison("seconds of a step", 19.926, time.seconds, "s", source),
+        *(
+            Comparison(f"of it {name}", ISCA[name], ours, "s", source)
+            for name, ours in parts_of(time, run.layout).items()
+        ),
         Comparison("TFLOPS a device, causal", 385.0, run.rate * flops / 1e12, "TFLOPS at the published rate", source),
     ]
+
+
+ISCA = {"1F": 1.13, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "bubble": 2.06, "opt": 0.29}
+"""Its parts of a step, in seconds: forwards, backwards and weights' gradients that run alone, pairs of a forward and a backward,
+idle time, optimizer. They add up to 19.90 of 19.926 s: they are a step's sums on a rank, not one micro-batch's times."""
+
+
+def parts_of(time: StepTime, layout: Layout) -> dict[str, float]:
+    """Ours of the same names: of a rank on average, in the schedule's order."""
+    blocks, ranks = lay_out(time.schedule, layout.pipeline, time.micro_batches, time.passes), layout.pipeline
+    names = {"F": "1F", "I": "1B", "B": "1B", "W": "1W", "FB": "1F1B"}
+    parts = dict.fromkeys(ISCA, 0.0)
+    for block in blocks:
+        parts[names[block.kind]] += block.seconds / ranks
+    parts["bubble"] = max(block.end for block in blocks) - sum(parts.values())
+    parts["opt"] = time.exchange + time.optimizer
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)

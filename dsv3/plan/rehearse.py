@@ -118,6 +118,11 @@ def _make_fake(module: nn.Module) -> None:
 
 def _count(model: nn.Module, layout: Layout, precision: str) -> dict[str, float]:
     shards = sum(_bytes(local(parameter)) for parameter in model.parameters())
+    summed = sum(
+        _bytes(local(parameter))
+        for name, parameter in model.named_parameters()
+        if (layout.replicas if ".mlp.experts." in name else layout.data) > 1  # one rank's sums are its shards
+    )
     optimizer = build_optimizer(trained(model), moments=torch.bfloat16 if precision == "fp8" else torch.float32)
     optimizer.materialise()
     moments = sum(
@@ -134,7 +139,7 @@ def _count(model: nn.Module, layout: Layout, precision: str) -> dict[str, float]
     gathered = list(model.parameters())
     wide = sum(_bytes(parameter) for parameter in gathered)
     sums = 4 * sum(parameter.numel() for parameter in gathered)
-    return {"weights": shards + codes + wide, "gradients": sums + shards, "optimizer": moments}
+    return {"weights": shards + codes + wide, "gradients": sums + summed, "optimizer": moments}
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -7,8 +7,10 @@ for, is left out; so is what does not fit the memory. Does not: try other precis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
@@ -45,35 +47,61 @@ def examine(
 
 
 def refusal(model: ModelConfig, layout: Layout, rows: int) -> str | None:
-    """Why this package would not start it; None: it would."""
-    try:
-        parallel = ParallelConfig(
-            pipeline=layout.pipeline, expert=layout.expert, sharding=layout.sharding, schedule=layout.schedule  # type: ignore[arg-type]
-        )  # fmt: skip
-        parallel.check(model, layout.gpus)
-    except ValueError as error:
-        return str(error)
+    """Why this package would not start it; None: it would.
+
+    Args:
+        rows: of the smallest step.
+    """
+    if (
+        why := _refused(model, layout.gpus, layout.pipeline, layout.expert, layout.sharding, layout.schedule)
+    ) is not None:
+        return why
     stages = layout.pipeline * (1 if layout.schedule == "1f1b" else 2)
     if layout.pipeline > 1 and stages > model.num_hidden_layers + 1:
         return f"{stages} stages are more than {model.num_hidden_layers} layers and a head"
-    each = rows / (layout.data * layout.micro_batch)
+    # Without a pipeline a step of fewer rows than a micro-batch has is one of a smaller one.
+    micro = layout.micro_batch if layout.pipeline > 1 else min(layout.micro_batch, max(1, rows // layout.data))
+    each = rows / (layout.data * micro)
     least = least_micro_batches(layout.pipeline, layout.schedule) if layout.pipeline > 1 else 1
     if each < least:
         return (
-            f"{rows} rows a step make {each:g} micro-batches of {layout.micro_batch} a rank, and it takes {least}: take at least "
-            f"{least * layout.data * layout.micro_batch} rows (--batch-size), or fewer devices"
+            f"{rows} rows a step make {each:g} micro-batches of {micro} a rank, and it takes {least}: take at least "
+            f"{least * layout.data * micro} rows (--batch-size), or fewer devices"
         )
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def _refused(model: ModelConfig, gpus: int, pipeline: int, expert: int, sharding: Any, schedule: Any) -> str | None:
+    try:
+        parallel = ParallelConfig(pipeline=pipeline, expert=expert, sharding=sharding, schedule=schedule)
+        parallel.check(model, gpus)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def candidates(
-    model: ModelConfig, gpus: int, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
+    model: ModelConfig,
+    gpus: int,
+    hardware: Hardware,
+    system: System,
+    *,
+    rows: int,
+    least: int,
+    seq_len: int,
+    precision: str,
+    fp8_dispatch: bool | None = None,
 ) -> tuple[list[Candidate], Candidate | None]:
-    """Those that fit, fastest first; and of those that do not, the smallest."""
+    """Those that fit, fastest first; and of those that do not, the smallest.
+
+    Args:
+        rows: of a step. least: of the smallest step, for a batch that grows.
+    """
     fitting: list[Candidate] = []
     smallest: tuple[Layout, Memory] | None = None
-    for layout in layouts(model, gpus):
-        if refusal(model, layout, rows) is not None:
+    for layout in layouts(model, gpus, fp8_dispatch):
+        if refusal(model, layout, least) is not None:
             continue
         memory = memory_of(model, layout, seq_len=seq_len, precision=precision)
         if memory.total > hardware.memory * hardware.usable:
@@ -90,7 +118,7 @@ def candidates(
     return fitting, Candidate(layout, memory, time)
 
 
-def layouts(model: ModelConfig, gpus: int) -> Iterator[Layout]:
+def layouts(model: ModelConfig, gpus: int, fp8_dispatch: bool | None = None) -> Iterator[Layout]:
     for pipeline in _divisors(gpus, model.num_hidden_layers + 1):
         for expert in _divisors(gpus // pipeline, model.n_routed_experts):
             for schedule in ("1f1b", "zero-bubble", "dualpipev") if pipeline > 1 else ("1f1b",):
@@ -99,7 +127,7 @@ def layouts(model: ModelConfig, gpus: int) -> Iterator[Layout]:
                         for micro_batch in (1, 2, 4):
                             yield Layout(
                                 gpus=gpus, pipeline=pipeline, expert=expert, sharding=sharding, schedule=schedule,
-                                micro_batch=micro_batch, recompute=recompute,
+                                micro_batch=micro_batch, recompute=recompute, fp8_dispatch=fp8_dispatch if expert > 1 else None,
                             )  # fmt: skip
 
 
@@ -107,23 +135,37 @@ def _divisors(number: int, most: int) -> list[int]:
     return [d for d in range(1, min(number, most) + 1) if number % d == 0]
 
 
-def does_not_fit(found: Candidate, hardware: Hardware, model: ModelConfig, *, seq_len: int) -> str:
+def fewest(model: ModelConfig, hardware: Hardware, *, rows: int, seq_len: int, precision: str) -> int | None:
+    """The least power of two of devices that some layout fits, up to MOST."""
+    room, gpus = hardware.memory * hardware.usable, 1
+    while gpus <= MOST:
+        for layout in layouts(model, gpus):
+            starts = refusal(model, layout, rows) is None
+            if starts and memory_of(model, layout, seq_len=seq_len, precision=precision).total <= room:
+                return gpus
+        gpus *= 2
+    return None
+
+
+MOST = 16384
+
+
+def does_not_fit(
+    found: Candidate, hardware: Hardware, model: ModelConfig, *, rows: int, seq_len: int, precision: str
+) -> str:
     """What is over, and what would help."""
     room, memory = hardware.memory * hardware.usable, found.memory
     kinds = sorted(memory.kinds().items(), key=lambda item: -item[1])
     name, size = kinds[0]
-    # The smallest layout is computed again, sharded most and cut finest already: what is left are other sizes.
-    cures = {
-        "activations": f"shorter rows than {seq_len}, or more devices (pipeline ranks)",
-        "weights": "more devices",
-        "gradients": "more devices",
-        "optimizer": "more devices, or precision fp8 (moments of 2 bytes)",
-        "buffers": f"shorter rows than {seq_len}, or more devices (pipeline ranks)",
-    }
-    need = -(-memory.total * found.layout.gpus // room)
     listed = ", ".join(f"{kind} {value / GIB:.1f}" for kind, value in kinds)
+    enough = fewest(model, hardware, rows=rows, seq_len=seq_len, precision=precision)
+    if enough is None:
+        cure = f"no power of two of them up to {MOST} does with rows of {seq_len} tokens: take shorter rows, or precision fp8"
+    elif enough > found.layout.gpus:
+        cure = f"take {enough} devices: of the powers of two the first that fits"
+    else:
+        cure = f"the number divides badly among layers and experts: {enough} devices fit, so do most of its multiples"
     return (
         f"nothing fits {hardware.name}'s {room / GIB:.1f} GiB a device on {found.layout.gpus}: the smallest layout "
-        f"({found.layout.describe()}) takes {memory.total / GIB:.1f} GiB ({listed}). Most of it are {name} "
-        f"({size / GIB:.1f} GiB): take {cures[name]}; about {need:.0f} devices would hold it"
+        f"({found.layout.describe()}) takes {memory.total / GIB:.1f} GiB ({listed}), most of it {name} ({size / GIB:.1f}): {cure}"
     )

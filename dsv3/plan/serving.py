@@ -52,6 +52,8 @@ class Unit:
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     context: int
+    per_user: float
+    """Tokens/s that a request was to get."""
     cache_bytes_per_token: float
     cache_bytes_per_request: float
     prefill: Unit | None
@@ -65,16 +67,33 @@ class Serving:
 
 
 def serving_of(
-    model: ModelConfig, hardware: Hardware, *, context: int = CONTEXT, per_user: float = PER_USER
+    model: ModelConfig,
+    hardware: Hardware,
+    *,
+    context: int = CONTEXT,
+    per_user: float = PER_USER,
+    most: int | None = None,
 ) -> Serving:
-    """The best units on this hardware."""
+    """The best units on this hardware.
+
+    Args:
+        context: tokens in a request's cache, on average. per_user: tokens/s that a request gets at least.
+        most: devices that a unit may have; None: as many as a layer has experts.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+    if context < 1 or per_user <= 0 or (most is not None and most < 1):
+        raise ValueError(f"context {context}, tokens/s a user {per_user:g} and devices {most} must be positive")
     per_token = 2.0 * (model.kv_lora_rank + model.qk_rope_head_dim) * model.num_hidden_layers
     decodes = [
-        decode_unit(model, hardware, devices, context=context, per_user=per_user) for devices in _sizes(model, hardware)
+        decode_unit(model, hardware, devices, context=context, per_user=per_user)
+        for devices in _sizes(model, hardware, most)
     ]
-    prefills = [prefill_unit(model, hardware, devices) for devices in _sizes(model, hardware)]
+    prefills = [prefill_unit(model, hardware, devices) for devices in _sizes(model, hardware, most)]
     return Serving(
         context=context,
+        per_user=per_user,
         cache_bytes_per_token=per_token,
         cache_bytes_per_request=per_token * context,
         prefill=max((u for u in prefills if u), key=lambda u: u.tokens_per_second, default=None),
@@ -90,10 +109,10 @@ def network_bound(model: ModelConfig, rate: float, *, rows: int = 32, shared_too
     return 1 / (2 * pair * model.num_hidden_layers)
 
 
-def _sizes(model: ModelConfig, hardware: Hardware) -> list[int]:
-    """One device, a node's parts, nodes: as far as each device has an expert of its own."""
-    sizes = [1]
-    while sizes[-1] * 2 <= model.n_routed_experts and hardware.name != "cpu":
+def _sizes(model: ModelConfig, hardware: Hardware, most: int | None) -> list[int]:
+    """One device, a node's parts, nodes: as far as each device has an expert of its own, and there are devices."""
+    sizes, most = [1], model.n_routed_experts if most is None else min(most, model.n_routed_experts)
+    while sizes[-1] * 2 <= most and hardware.name != "cpu":
         sizes.append(sizes[-1] * 2)
     return sizes
 

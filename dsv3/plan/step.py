@@ -2,9 +2,9 @@
 
     a rank's pair    F + B + W of one micro-batch through its layers: the slower of processors and network where the all-to-all
                      runs behind the other micro-batch's products (DualPipe), their sum where it does not
-    bubble           1f1b, zero-bubble, dualpipev: what the schedule's own order takes beyond the pairs (timeline.py)
-                     of others' software, which has no order here: interleaved (P-1)(F+B) / v · zb1p (P-1)(F+B-2W) ·
-                     dualpipe (P/2-1)(F&B + B - 3W)
+    bubble           what the schedule's own order takes beyond the pairs (timeline.py): idle time, and of forwards and backwards
+                     without a partner what they take beyond a pair. Of others' software, which has no order here:
+                     interleaved (P-1)(F+B) / v · zb1p (P-1)(F+B-2W)
     step             micro-batches · pair + bubble + gradients' and weights' exchange + AdamW's passes over memory
 
 W waits where layers are computed again and in FP8 too (kernels/later.py); the head's does not: its gradients are made at once.
@@ -47,13 +47,20 @@ class System:
     narrow_gathers: bool
     """Weights travel in bfloat16 also in FP8 training; False: as wide as FSDP2 gathers them (fsdp.py)."""
     neighbours: bool = False
-    """See work.Setting."""
+    """See work.Setting, as for the next three."""
+    behind_shared: str = ""
+    up_again: bool = False
+    dispatch_again: bool = False
 
 
 REPORT = System(name="report", overlap=True, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepSeek's own: DualPipe, DeepEP, DeepGEMM, FlashMLA."""
-DSV3 = System(name="dsv3", overlap=False, limited=False, balanced_stages=False, narrow_gathers=False)
-"""This package as it stands: PyTorch's all-to-all, a token once an expert, before and after the experts' products."""
+DSV3 = System(
+    name="dsv3", overlap=False, limited=False, balanced_stages=False, narrow_gathers=False, behind_shared="forward",
+    dispatch_again=True,
+)  # fmt: skip
+"""This package as it stands: PyTorch's all-to-all, a token once an expert; shared experts are multiplied during the dispatch; in
+FP8 the block that is computed again dispatches again (model/fp8.py keeping)."""
 EAGER = System(name="exposed", overlap=False, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepEP without DualPipe, as Megatron and AutoModel run it by default."""
 SYSTEMS = {system.name: system for system in (REPORT, DSV3, EAGER)}
@@ -122,19 +129,22 @@ class StepTime(NamedTuple):
 def step_time(
     model: ModelConfig, layout: Layout, hardware: Hardware, system: System, *, rows: int, seq_len: int, precision: str
 ) -> StepTime:
-    """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules of two stages a rank the report's system
-    runs its own, DualPipe."""
-    if system.overlap and layout.schedule in ("dualpipev", "zero-bubble") and layout.pipeline % 2 == 0:
+    """Of a step over `rows` rows of `seq_len` tokens. In place of our schedules the report's system runs its own,
+    DualPipe, over an even number of ranks."""
+    if system.overlap and layout.schedule in STAGES_A_RANK and layout.pipeline % 2 == 0:
         layout = dataclasses.replace(layout, schedule="dualpipe")
     tokens = layout.micro_batch * seq_len
     setting = Setting(
         precision=precision, seq_len=seq_len, tokens=tokens, recompute=layout.recompute, expert=layout.expert,
         limited=system.limited, fp8_dispatch=layout.fp8_dispatch, neighbours=system.neighbours,
+        behind_shared=system.behind_shared, up_again=system.up_again,
+        dispatch_again=system.dispatch_again,
     )  # fmt: skip
     cost = rank_cost(model, layout, setting, hardware, system).times(tokens / hardware.kept)
     held = rank_elements(model, layout)
     gathered = per_micro_batch(held, layout, hardware, precision)
-    accumulate = 8 * sum(held) / hardware.bandwidth / hardware.kept  # float32 sums, read and written
+    touched = sum(held) / stage_copies(layout)  # a micro-batch passes one of DualPipe's two stages on a rank
+    accumulate = 8 * touched / hardware.bandwidth / hardware.kept  # float32 sums, read and written
     cost += Cost(Pass(0.0, gathered / 2), Pass(0.0, gathered / 2), Pass(accumulate, 0.0))
     count = layout.micro_batches(rows)
     compute, network = pair_seconds(cost, hardware, system, layout)
@@ -162,15 +172,14 @@ def pair_seconds(cost: Cost, hardware: Hardware, system: System, layout: Layout)
 
 
 def bubble_seconds(passes: Seconds, layout: Layout, micro_batches: int) -> float:
-    """Idle seconds of a step; F, B and W are a rank's."""
-    ranks, (forward, to_input, weights, pair) = layout.pipeline, passes
+    """What a step takes beyond its pairs; F, B and W are a rank's."""
+    ranks, (forward, to_input, weights, _) = layout.pipeline, passes
     backward = to_input + weights
     if ranks == 1:
         return 0.0
     of_others = {
         "interleaved": (ranks - 1) * (forward + backward) / layout.chunks,
         "zb1p": max(0.0, (ranks - 1) * (forward + backward - 2 * weights)),
-        "dualpipe": max(0.0, (ranks / 2 - 1) * (pair + backward - 3 * weights)),
     }
     if layout.schedule in of_others:
         return of_others[layout.schedule]
@@ -247,24 +256,33 @@ def _elements(model: ModelConfig) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def stage_copies(layout: Layout) -> int:
+    """How often every stage exists: DualPipe's ranks r and P-1-r hold the same two."""
+    return 2 if layout.schedule == "dualpipe" else 1
+
+
 def rank_elements(model: ModelConfig, layout: Layout) -> Held:
     """A pipeline's rank on average; every stage copy of DualPipe counts."""
     dense, experts = _elements(model)
-    copies = (2 if layout.schedule == "dualpipe" else 1) / layout.pipeline
+    copies = stage_copies(layout) / layout.pipeline
     return Held(dense * copies, experts * copies / layout.expert)
 
 
 # -- once a step, and once a micro-batch -----------------------------------------------------------------------------------
 
 
-def _rate(ranks: int, stride: int, hardware: Hardware) -> float:
-    """Of a collective over ranks that are `stride` apart."""
-    return hardware.inside if ranks * stride <= hardware.node else hardware.between
+def ring_rate(ranks: int, stride: int, hardware: Hardware) -> float:
+    """Of a ring over ranks that are `stride` apart. It leaves a node once for all of its ranks that are in it, over as many of
+    the node's adapters: nccl-tests' bus bandwidth is that of NVLink or of the node's whole network, whichever is less."""
+    if ranks * stride <= hardware.node:
+        return hardware.inside
+    together = max(1, hardware.node // stride)
+    return min(hardware.inside, together * hardware.between) if together > 1 else hardware.between
 
 
 def _ring(elements: float, width: float, ranks: int, stride: int, hardware: Hardware) -> float:
     """Reduce-scatter or all-gather: each rank sends all but its own share."""
-    return elements * width * (ranks - 1) / ranks / _rate(ranks, stride, hardware) if ranks > 1 else 0.0
+    return elements * width * (ranks - 1) / ranks / ring_rate(ranks, stride, hardware) if ranks > 1 else 0.0
 
 
 def exchange_seconds(held: Held, layout: Layout, hardware: Hardware, precision: str, system: System) -> float:
@@ -292,5 +310,5 @@ def per_micro_batch(held: Held, layout: Layout, hardware: Hardware, precision: s
 def optimizer_seconds(held: Held, layout: Layout, hardware: Hardware, precision: str) -> float:
     """AdamW reads gradient, master and both moments, and writes all but the gradient."""
     moment = 2 if precision == "fp8" else 4
-    shard = held.dense / layout.data + held.experts / layout.replicas
+    shard = (held.dense / layout.data + held.experts / layout.replicas) / stage_copies(layout)
     return shard * (4 + 2 * 4 + 4 * moment) / hardware.bandwidth

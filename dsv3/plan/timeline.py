@@ -10,8 +10,11 @@
                              is where DualPipeV comes from (DualPipe's README). Rank r holds stage r, and stage P-1-r of those
                              micro-batches that come from the other end
 
+Between a stage's I and its W the weights' gradients are a promise, which holds memory: `held` counts both kinds of waiting.
+
 A block starts when its rank is free and what it reads is there: F the F of the stage before, a backward the one of the stage
-behind. All stages take as long: the plan's slowest rank sets the pace. step.py takes the bubble from here and draw.py the picture.
+behind. All stages take as long: the plan's slowest rank sets the pace. step.py takes the bubble from here, memory.py what
+waits, draw.py the picture.
 Source: V3 report section 3.2.1; ZB-V: arXiv 2401.10241. Legend: P ranks, M micro-batches.
 Does not: know seconds of its own; send anything; draw interleaved stages, which are other software's.
 """
@@ -23,6 +26,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 
 from dsv3.parallel.stage import STAGES_A_RANK
@@ -84,10 +88,14 @@ def order(schedule: str, ranks: int, micro_batches: int) -> list[list[Action]]:
         return [_one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)]
     if schedule not in _OF_TORCH:
         raise ValueError(f"schedule {schedule!r} has no order here: known are 1f1b, {', '.join(_OF_TORCH)}")
-    # Its list of actions needs three numbers of a schedule, and a whole schedule would need processes.
+    # Torch tells an order in public as a schedule's `pipeline_order`, and a schedule needs processes. The method that fills it
+    # needs three numbers: tests/plan/test_timeline.py compares both, and says what to do where torch has moved.
+    listing = getattr(_OF_TORCH[schedule], "_calculate_single_rank_operations", None)
+    assert listing is not None, (
+        f"torch {torch.__version__} lists {schedule}'s actions elsewhere: see dsv3/plan/timeline.py"
+    )
     numbers = SimpleNamespace(pp_group_size=ranks, num_stages=2 * ranks, _n_microbatches=micro_batches)
-    listed = (_OF_TORCH[schedule]._calculate_single_rank_operations(numbers, rank) for rank in range(ranks))
-    return [_actions(operations) for operations in listed]
+    return [actions_of(listing(numbers, rank)) for rank in range(ranks)]
 
 
 def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
@@ -101,7 +109,7 @@ def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list
     return [Action(part.kind, (part,)) for part in found]
 
 
-def _actions(operations: Iterable[Any]) -> list[Action]:
+def actions_of(operations: Iterable[Any]) -> list[Action]:
     """From torch's, among which None is a turn in which a rank waits."""
     found = []
     for operation in operations:
@@ -179,8 +187,35 @@ def idle_seconds(schedule: str, ranks: int, micro_batches: int, seconds: Seconds
     if ranks == 1:
         return 0.0
     laid_out = min(micro_batches, filling(schedule, ranks))
+    if schedule == "dualpipe":  # which takes no fewer: a step of fewer waits as long as if it were full
+        laid_out = filling(schedule, ranks)
     end = max(block.end for block in lay_out(schedule, ranks, laid_out, seconds))
     return end - laid_out * seconds.pair
+
+
+@functools.lru_cache(maxsize=256)
+def held(schedule: str, ranks: int) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
+    """What each rank holds of a full step's micro-batches, at the moments when no other moment has more of everything.
+
+    Returns:
+        By rank: moments, and in each for every stage of the rank, first to last, (micro-batches whose activations wait for the
+        backward, micro-batches whose weights' gradients are promised: kernels/later.py).
+    """
+    found = []
+    for actions in order(schedule, ranks, 2 * filling(schedule, ranks)):
+        stages = sorted({part.stage for action in actions for part in action.parts})
+        now, moments = dict.fromkeys(stages, (0, 0)), dict[tuple[tuple[int, int], ...], None]()
+        for part in (part for action in actions for part in action.parts):
+            running, waiting = now[part.stage]
+            more = {"F": (1, 0), "I": (-1, 1), "B": (-1, 0), "W": (0, -1)}[part.kind]
+            now[part.stage] = (running + more[0], waiting + more[1])
+            moments[tuple(now.values())] = None
+        found.append(tuple(one for one in moments if not any(_less(one, other) for other in moments)))
+    return tuple(found)
+
+
+def _less(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...]) -> bool:
+    return one != other and all(a <= b and c <= d for (a, c), (b, d) in zip(one, other))
 
 
 def filling(schedule: str, ranks: int) -> int:

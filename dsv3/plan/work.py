@@ -4,10 +4,11 @@
     backward   its input's gradient, sums of `out` terms; its own gradient, sums over the tokens of a micro-batch
     attention  2·H·T/2·(qk + v) FLOPs forward (causal), 2.5 times that backward: flash attention computes the scores again
     again      what is not kept but computed anew in the backward pass: with `recompute` the layer; in FP8 the up-projections
-               of queries, keys and values, RMSNorm and SwiGLU (report 3.2.3)
+               of queries, keys and values with what joins them, RMSNorm and SwiGLU (report 3.2.3), and no other pass
     passes     everything that is neither product nor attention reads and writes memory: norms, casts, RoPE, SwiGLU,
                permutations, residual sums
-    wire       to each of the M nodes (or ranks) that its experts are on: D values out, D back; the gradient the same way
+    wire       to each of the M nodes (or ranks) that its experts are on: D values out, D back; the gradient the same way. Less
+               what goes on behind the shared experts' products, where a software does that
 
 Seconds are of one device at the rates of hardware.py; the caller divides by what a run keeps of them.
 Source: V3 report sections 2.1, 3.2, 3.3. Legend: D model, H heads, T tokens a row, K experts a token, I expert width.
@@ -54,6 +55,12 @@ class Setting:
     """None: as the precision."""
     neighbours: bool = False
     """Benchmarks with a forced balance give a token K experts in a row: they sit on one node."""
+    behind_shared: str = ""
+    """Where the exchange goes on while the shared experts are multiplied: nowhere, "forward" or "both" passes."""
+    up_again: bool = False
+    """The up-projections of queries, keys and values are computed again, as always in FP8."""
+    dispatch_again: bool = False
+    """In FP8 tokens travel to their experts a second time in the backward pass."""
 
 
 class Pass(NamedTuple):
@@ -135,26 +142,36 @@ def attention_flops(model: ModelConfig, seq_len: int) -> float:
 # -- passes over memory --------------------------------------------------------------------------------------------------
 
 
-def pass_bytes(model: ModelConfig, layer: int, setting: Setting) -> float:
-    """Read and written by a token in one layer's forward outside products and attention. `w` bytes a value, `c` a value that
-    is cast for a product."""
+class Passes(NamedTuple):
+    """Bytes that a token reads and writes in one layer's forward outside products and attention."""
+
+    norms: float
+    joining: float  # of queries and keys, and RoPE
+    swiglu: float
+    others: float  # residual sums, permutations, router, the attention's cast
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def pass_bytes(model: ModelConfig, layer: int, setting: Setting) -> Passes:
+    """`w` bytes a value, `c` a value that is cast for a product."""
     w = 4 if setting.precision == "float32" else 2
     c = 1 if setting.precision == "fp8" else w
     dim, heads = model.hidden_size, model.num_attention_heads
-    q = heads * model.qk_head_dim
     values = heads * model.v_head_dim
     norms = 2 * dim * (w + c) + (model.q_lora_rank or 0) * (w + c) + model.kv_lora_rank * (w + c)
+    joining = 2 * (2 * heads * model.qk_head_dim * w)  # of queries and keys: read and written
     residual = 2 * dim * 3 * w
-    rope_and_joining = 2 * (2 * q * w)  # of queries and keys: read and written
     cast_of_attention = values * (w + c) if setting.precision == "fp8" else 0
     rows = model.num_experts_per_tok if model.is_moe(layer) else 0
     width = rows * model.moe_intermediate_size + (
         model.n_shared_experts * model.moe_intermediate_size if rows else model.intermediate_size
     )
-    swiglu = width * (2 * w + c)
     permutations = rows * dim * (2 * c + w) + (2 * w * dim if rows else 0)
     router = dim * w + model.n_routed_experts * 3 * 4 if rows else 0
-    return norms + residual + rope_and_joining + cast_of_attention + swiglu + permutations + router
+    return Passes(norms, joining, width * (2 * w + c), residual + cast_of_attention + permutations + router)
 
 
 def cast_bytes(matrices: list[Matrix], setting: Setting) -> float:
@@ -209,18 +226,30 @@ def layer_cost(model: ModelConfig, layer: int, setting: Setting, hardware: Hardw
     forward = sum(product(m.flops, m.inner) for m in matrices)
     to_input = sum(product(m.flops, m.outer) for m in matrices)
     to_weights = sum(product(m.flops, rows if "experts" in m.name else setting.tokens) for m in matrices)
-    again = sum(product(m.flops, m.inner) for m in matrices if setting.recompute or (fp8 and m.again))
+    up_again = fp8 or setting.up_again
+    again = sum(product(m.flops, m.inner) for m in matrices if setting.recompute or (up_again and m.again))
     core = attention_flops(model, setting.seq_len)
     core_forward, core_backward = core / hardware.attention[0], 2.5 * core / hardware.attention[1]
-    passes = pass_bytes(model, layer, setting) / hardware.bandwidth
-    wire = wire_seconds(model, layer, setting, hardware)
-    repeated = passes if setting.recompute or fp8 else 0.0
+    moved = pass_bytes(model, layer, setting)
+    passes = moved.total / hardware.bandwidth
+    repeated = moved.joining / hardware.bandwidth if up_again else 0.0
+    if fp8:
+        repeated += (moved.norms + moved.swiglu) / hardware.bandwidth
     if setting.recompute:
-        repeated += core_forward
+        repeated = passes + core_forward
+    wire = wire_seconds(model, layer, setting, hardware)
+    there, back = wire, wire * (2 if setting.recompute else 1)
+    if setting.dispatch_again and fp8 and not setting.recompute:
+        back += wire * (1 + 4 / 128) / (3 + 4 / 128)
+    if setting.behind_shared:
+        shared = [m for m in matrices if "shared" in m.name]
+        there -= min(there / 2, sum(product(m.flops, m.inner) for m in shared))  # dispatch or combine goes on meanwhile
+        if setting.behind_shared == "both":
+            back -= min(back / 2, sum(product(m.flops, m.outer) + product(m.flops, setting.tokens) for m in shared))
     launches = _operations(model, layer, setting) * hardware.launch / setting.tokens
     return Cost(
-        Pass(forward + core_forward + passes + launches, wire),
-        Pass(to_input + again + core_backward + 2 * passes + repeated + 2 * launches, wire * (2 if setting.recompute else 1)),
+        Pass(forward + core_forward + passes + launches, there),
+        Pass(to_input + again + core_backward + 2 * passes + repeated + 2 * launches, back),
         Pass(to_weights + cast_bytes(matrices, setting) / hardware.bandwidth, 0.0),
     )  # fmt: skip
 

@@ -8,8 +8,11 @@ from dsv3.model.config import ModelConfig
 from dsv3.parallel.degrees import ParallelConfig
 from dsv3.plan.hardware import hardware_named
 from dsv3.plan.job import job_from_file, plain_job, with_options
+from dsv3.plan.memory import memory_of
 from dsv3.plan.plan import make_plan
-from dsv3.plan.step import DSV3
+from dsv3.plan.search import layouts
+from dsv3.plan.step import DSV3, ring_rate
+from dsv3.plan.work import Setting, layer_cost
 from dsv3.recipes import mini, tiny, v3
 
 
@@ -53,7 +56,7 @@ def test_a_price_changes_money_and_nothing_else(report):
 
 def test_what_does_not_fit_is_told_by_kind_with_what_would():
     with pytest.raises(
-        ValueError, match=r"nothing fits h100's .* GiB a device on 1.* Most of it are .*: take .*devices would hold it"
+        ValueError, match=r"nothing fits h100's .* GiB a device on 1.*, most of it gradients .*: take 256 devices"
     ):
         make_plan(v3.job(), hardware_named("h100"), 1)
 
@@ -109,14 +112,14 @@ def test_tiny_is_planned_on_a_core():
 def test_a_plan_says_whose_schedule_it_times(report):
     (note,) = report.to_json()["notes"]
     assert "dualpipe" in note
-    assert "this package runs zero-bubble" in note
+    assert "this package runs 1f1b; memory is this package's" in note
     assert make_plan(v3.job(), hardware_named("h800"), 2048, system=DSV3).notes == ()
 
 
 def test_fp8_dispatch_shortens_the_network_of_a_bfloat16_run():
     def network(dispatch):
         parallel = ParallelConfig(pipeline=16, expert=64, dispatch=dispatch)
-        job = plain_job("k", ModelConfig(), tokens=1e12, batch_size=15360, parallel=parallel)
+        job = plain_job("k", ModelConfig(), tokens=1e12, batch_size=15360, parallel=parallel, recompute=True)
         return make_plan(job, hardware_named("h200"), 2048, system=DSV3).chosen.time.network
 
     assert network("fp8") < 0.8 * network("precision")
@@ -147,3 +150,59 @@ def test_options_that_no_run_has_are_refused():
 def test_too_few_rows_for_the_devices_are_told_with_how_many_it_takes():
     with pytest.raises(ValueError, match=r"256 rows a step make .* take at least \d+ rows .*or fewer devices"):
         make_plan(mini.job(), hardware_named("h100"), 2048)
+
+
+def test_a_number_that_divides_badly_is_told_with_one_that_does():
+    with pytest.raises(ValueError, match=r"on 1000: .* divides badly among layers and experts: 256 devices fit"):
+        make_plan(v3.job(), hardware_named("h100"), 1000)
+
+
+def test_a_schedule_that_the_ramps_first_steps_are_too_short_for_is_not_planned(report):
+    layouts = [report.chosen.layout, *(other.layout for other in report.alternatives)]
+    assert min(v3.job().rows()) == 3072
+    for layout in layouts:
+        needed = 2 * layout.pipeline if layout.schedule == "dualpipev" else 1
+        assert 3072 / layout.data >= needed, layout
+
+
+def test_long_rows_are_given_to_as_many_devices_as_hold_the_weights(report):
+    room = report.hardware.memory * report.hardware.usable
+    for phase in report.phases[1:]:
+        layout = dataclasses.replace(report.chosen.layout, gpus=phase.gpus, expert=min(64, phase.gpus // 16))
+        memory = memory_of(report.job.model, layout, seq_len=4096, precision="fp8")
+        assert memory.weights + memory.gradients + memory.optimizer <= room
+    assert [phase.fits for phase in report.phases] == [True, False, False, True]
+
+
+def test_a_recipe_whose_own_layout_does_not_fit_is_told_why():
+    promising = dataclasses.replace(v3.PARALLEL, schedule="zero-bubble")
+    made = make_plan(dataclasses.replace(v3.job(), parallel=promising), hardware_named("h800"), 2048)
+    assert made.why == "the fastest that fits"
+    assert "the recipe's own layout (pipeline 16, expert 64, data 128, zero-bubble" in made.notes[0]
+    assert "is not taken: it takes 92.2 GiB a rank" in made.notes[0]
+
+
+def test_a_search_keeps_what_the_run_dispatches():
+    found = list(layouts(mini.job().model, 8, True))
+    assert {layout.fp8_dispatch for layout in found if layout.expert > 1} == {True}
+    assert {layout.fp8_dispatch for layout in found if layout.expert == 1} == {None}
+
+
+def test_a_ring_over_whole_nodes_leaves_each_once():
+    h800 = hardware_named("h800")
+    assert ring_rate(8, 1, h800) == h800.inside
+    assert ring_rate(128, 1, h800) == h800.inside < 8 * h800.between  # NVLink is the slower
+    assert ring_rate(2, 64, h800) == h800.between  # one device a node
+    assert ring_rate(16, 4, h800) == 2 * h800.between
+
+
+def test_this_package_dispatches_twice_in_fp8_and_the_report_does_not():
+    setting = Setting(precision="fp8", seq_len=4096, tokens=4096, expert=64)
+    once, twice = (
+        layer_cost(ModelConfig(), 30, dataclasses.replace(setting, dispatch_again=again), hardware_named("h800"))
+        for again in (False, True)
+    )
+    assert once.backward.wire == once.forward.wire
+    assert twice.backward.wire == pytest.approx(once.backward.wire * (1 + 1.03125 / 3.03125))
+    behind = layer_cost(ModelConfig(), 30, dataclasses.replace(setting, behind_shared="both"), hardware_named("h800"))
+    assert 0.5 * once.forward.wire <= behind.forward.wire < once.forward.wire

@@ -40,3 +40,12 @@ def test_prefill_is_faster_a_device_than_decoding():
     assert found.prefill is not None
     assert found.decode is not None
     assert found.prefill.tokens_per_second > found.decode.tokens_per_second
+
+
+def test_a_unit_has_no_more_devices_than_there_are():
+    few = serving_of(V3, hardware_named("h200"), most=16)
+    assert few.decode is not None
+    assert few.decode.devices <= 16
+    assert serving_of(V3, hardware_named("h200"), most=4).decode is None
+    with pytest.raises(ValueError, match="context 0, tokens/s a user 20 and devices None must be positive"):
+        serving_of(V3, hardware_named("h200"), context=0)
