@@ -173,7 +173,7 @@ def _show(made: Plan) -> None:
         shown.add_row(
             "", "this package today",
             f"{_seconds(made.as_dsv3.seconds)} a step, pre-training {hours:,.0f} GPU-hours (--system dsv3): it hides little of its "
-            "all-to-all, and sends a token once an expert",
+            "all-to-all, whose two hops take turns",
         )  # fmt: skip
     _add_serving(shown, made.serving, hardware)
     console.print(shown)

@@ -47,7 +47,8 @@ class System:
     narrow_gathers: bool
     """Weights travel in bfloat16 also in FP8 training; False: as wide as FSDP2 gathers them (fsdp.py)."""
     neighbours: bool = False
-    """See work.Setting, as for the next three."""
+    """See work.Setting, as for the next four."""
+    in_turn: bool = False
     behind_shared: str = ""
     up_again: bool = False
     dispatch_again: bool = False
@@ -56,11 +57,11 @@ class System:
 REPORT = System(name="report", overlap=True, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepSeek's own: DualPipe, DeepEP, DeepGEMM, FlashMLA."""
 DSV3 = System(
-    name="dsv3", overlap=False, limited=False, balanced_stages=False, narrow_gathers=False, behind_shared="forward",
-    dispatch_again=True,
+    name="dsv3", overlap=False, limited=True, balanced_stages=False, narrow_gathers=False, in_turn=True,
+    behind_shared="forward", dispatch_again=True,
 )  # fmt: skip
-"""This package as it stands: PyTorch's all-to-all, a token once an expert; shared experts are multiplied during the dispatch; in
-FP8 the block that is computed again dispatches again (model/fp8.py keeping)."""
+"""This package as it stands: PyTorch's all-to-all, once a node and then, in turn, once an expert; shared experts are multiplied
+during the dispatch; in FP8 the block that is computed again dispatches again (model/fp8.py keeping)."""
 EAGER = System(name="exposed", overlap=False, limited=True, balanced_stages=True, narrow_gathers=True)
 """DeepEP without DualPipe, as Megatron and AutoModel run it by default."""
 SYSTEMS = {system.name: system for system in (REPORT, DSV3, EAGER)}
@@ -137,7 +138,7 @@ def step_time(
     setting = Setting(
         precision=precision, seq_len=seq_len, tokens=tokens, recompute=layout.recompute, expert=layout.expert,
         limited=system.limited, fp8_dispatch=layout.fp8_dispatch, neighbours=system.neighbours,
-        behind_shared=system.behind_shared, up_again=system.up_again,
+        in_turn=system.in_turn, behind_shared=system.behind_shared, up_again=system.up_again,
         dispatch_again=system.dispatch_again,
     )  # fmt: skip
     cost = rank_cost(model, layout, setting, hardware, system).times(tokens / hardware.kept)

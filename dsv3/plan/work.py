@@ -55,6 +55,9 @@ class Setting:
     """None: as the precision."""
     neighbours: bool = False
     """Benchmarks with a forced balance give a token K experts in a row: they sit on one node."""
+    in_turn: bool = False
+    """The way inside a node begins when the way there has ended, and goes once an expert (parallel/dispatch.py); False: both at
+    once, as the report's kernels do, and once a rank."""
     behind_shared: str = ""
     """Where the exchange goes on while the shared experts are multiplied: nowhere, "forward" or "both" passes."""
     up_again: bool = False
@@ -185,8 +188,8 @@ def cast_bytes(matrices: list[Matrix], setting: Setting) -> float:
 
 
 def wire_seconds(model: ModelConfig, layer: int, setting: Setting, hardware: Hardware) -> float:
-    """Of a token's way to its experts and back, one direction of training. The slower of the two networks counts, for the
-    report's kernels use both at once."""
+    """Of a token's way to its experts and back, one direction of training. Of the two networks the slower one counts where both are
+    used at once, else both."""
     ranks = setting.expert
     if ranks == 1 or not model.is_moe(layer):
         return 0.0
@@ -196,11 +199,12 @@ def wire_seconds(model: ModelConfig, layer: int, setting: Setting, hardware: Har
     there_and_back = dim * (1 + 4 / 128 if fp8 else wide) + dim * wide
     nodes = max(1, ranks // hardware.node)
     outside = distinct(model, nodes) if setting.limited else model.num_experts_per_tok * (1 - 1 / nodes)
-    inside = distinct(model, ranks)
+    inside = float(model.num_experts_per_tok) if setting.in_turn else distinct(model, ranks)
     if setting.neighbours:
         outside, inside = 1.0, max(1.0, model.num_experts_per_tok * ranks / model.n_routed_experts)
     across = there_and_back * outside / hardware.between if nodes > 1 else 0.0
-    return max(across, there_and_back * inside / hardware.inside)
+    passed_on = there_and_back * inside / hardware.inside
+    return across + passed_on if setting.in_turn else max(across, passed_on)
 
 
 def distinct(model: ModelConfig, places: int) -> float:

@@ -12,7 +12,7 @@ from dsv3.plan.memory import memory_of
 from dsv3.plan.plan import make_plan
 from dsv3.plan.search import layouts
 from dsv3.plan.step import DSV3, ring_rate
-from dsv3.plan.work import Setting, layer_cost
+from dsv3.plan.work import Setting, distinct, layer_cost, wire_seconds
 from dsv3.recipes import mini, tiny, v3
 
 
@@ -206,3 +206,19 @@ def test_this_package_dispatches_twice_in_fp8_and_the_report_does_not():
     assert twice.backward.wire == pytest.approx(once.backward.wire * (1 + 1.03125 / 3.03125))
     behind = layer_cost(ModelConfig(), 30, dataclasses.replace(setting, behind_shared="both"), hardware_named("h800"))
     assert 0.5 * once.forward.wire <= behind.forward.wire < once.forward.wire
+
+
+def test_hops_in_turn_take_what_both_networks_take_and_go_once_an_expert_inside():
+    hardware, model = hardware_named("h800"), v3.MODEL
+    base = Setting(precision="fp8", seq_len=4096, tokens=4096, expert=64)
+    at_once, in_turn, once_an_expert = (
+        wire_seconds(model, 10, dataclasses.replace(base, **changes), hardware)
+        for changes in ({}, {"in_turn": True}, {"limited": False})
+    )
+    row = model.hidden_size * (1 + 4 / 128) + model.hidden_size * 2
+    inside = row * model.num_experts_per_tok / hardware.inside
+    assert at_once == pytest.approx(row * distinct(model, 8) / hardware.between)  # the slower one
+    assert in_turn == pytest.approx(at_once + inside)
+    assert at_once < in_turn < once_an_expert
+    one_node = dataclasses.replace(base, expert=8, in_turn=True)
+    assert wire_seconds(model, 10, one_node, hardware) == pytest.approx(inside)
