@@ -90,7 +90,7 @@ def teach(base: Path, out: Path, config: LessonsConfig, say: Say) -> list[Stage]
     _tell(stages[-1], say)
 
     data = [write_questions(out / "data" / f"{_file(name)}.jsonl", task, config) for name, task in known.items()]
-    sft = run_sft(_sft(base, data, out / "sft", config, first_lr=4e-3, epochs=3), _quiet)
+    sft = run_sft(_sft(base, data, out / "sft", config, first_lr=2e-3, epochs=3), _quiet)
     stages.append(examine("SFT", Path(sft["checkpoint"]), known, config))
     _tell(stages[-1], say)
 
