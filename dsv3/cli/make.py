@@ -125,6 +125,22 @@ def _extend(verb: Pretrain) -> None:
     from dsv3.train.extend import ExtendConfig, extend_from_shards, longer
 
     assert verb.extend is not None
+    plain = {field.name: field.default for field in dataclasses.fields(Pretrain)}
+    for name in (
+        "model",
+        "micro_batch",
+        "seq_len",
+        "peak_lr",
+        "warmup_steps",
+        "mask_documents",
+        "recompute",
+        "compile",
+    ):
+        if getattr(verb, name) != plain[name]:
+            raise ValueError(
+                f"--extend takes no --{name.replace('_', '-')} ({getattr(verb, name)}): the model is the checkpoint's, rows are of "
+                "--extend-lengths, one at a time and computed again, at --extend-lr; leave it out"
+            )
     config = ExtendConfig(
         lengths=verb.extend_lengths, steps=verb.steps, step_tokens=verb.batch_size * verb.extend_lengths[-1],
         lr=verb.extend_lr, factor=verb.extend_factor, precision=verb.precision, seed=verb.seed, save_every=verb.save_every,

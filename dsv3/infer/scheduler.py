@@ -2,8 +2,8 @@
 
     running   a step reads one token of each sequence that decodes, and its drafts; what is left of the step's tokens goes to
               prompts, cut into chunks: a long prompt never makes the others wait for all of it
-    waiting   admitted while the pages last, first of the owner that has the fewest running, of each owner in order of arrival;
-              pages of a known prefix are shared and not read again
+    waiting   admitted while the pages last, first of the owner that has the fewest running, of such owners by turns, of each owner
+              in order of arrival; pages of a known prefix are shared and not read again
     pressure  when a running sequence needs a page and none is left, the youngest one gives up all of its pages and waits in
               front, with everything it has said: later it reads its own text and goes on, and nothing is lost
 
@@ -34,6 +34,7 @@ class Sequence:
         drafts: tokens guessed after the last one, and what each was drawn from (None where it was the likeliest).
         joined: the last page of the known beginning, until the MTP layer has read its state with the token after it.
         cached: prompt tokens that were found in pages, when it was first admitted.
+        came: how many had been admitted when it came.
         work: what the engine keeps beside it.
     """
 
@@ -50,6 +51,7 @@ class Sequence:
     guesses: list[Any] = field(default_factory=list)
     joined: int | None = None
     cached: int | None = None
+    came: int = 0
     preempted: int = 0
     finish_reason: str | None = None
     work: Any = None
@@ -117,6 +119,8 @@ class Scheduler:
         self.drafts, self.share, self.fetch, self.usable = drafts, share, fetch, usable
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._admitted = 0
+        self._turns: dict[bytes, int] = {}  # of owners with something waiting: when one of theirs was admitted last
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a sequence of so many tokens takes at most: drafts, and drafts of drafts, are written behind it."""
@@ -133,6 +137,7 @@ class Scheduler:
                 f"{sequence.prompt_length} prompt tokens and max_tokens {sequence.params.max_tokens} need {need} cache pages, "
                 f"there are {self.book.total}: shorten one, or give the engine more cache"
             )
+        sequence.came = self._admitted
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -163,6 +168,7 @@ class Scheduler:
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            self._count(sequence.salt)
             left -= self._read(sequence, left, chunks)
         return [chunk for chunk in chunks if chunk.sequence in self.running]
 
@@ -189,13 +195,30 @@ class Scheduler:
         return count
 
     def _turn(self) -> Sequence | None:
-        """Who is admitted next: what was set aside, else the first of the owner (salt) with the fewest running, so that many
-        requests of one owner make another's wait for one place and not for all of them. None: all wait for a first choice."""
+        """Who is admitted next: what was set aside, else the first of the owner (salt) with the fewest running, of several such
+        the one whose turn is longest ago, so that many requests of some owners make another's wait for a place a busy owner and not
+        for all of them. None: all wait for a first choice."""
         if self.waiting[0].preempted:
             return self.waiting[0]
         busy = Counter(sequence.salt for sequence in self.running)
         ready = (s for s in self.waiting if s.after is None or s.after.finish_reason is not None or s.after.answered)
-        return min(ready, key=lambda sequence: busy[sequence.salt], default=None)  # the first of equals
+
+        def claim(sequence: Sequence) -> tuple[int, int, int]:
+            last = self._turns.get(sequence.salt, 0)
+            return (
+                busy[sequence.salt],
+                max(last, sequence.came),
+                last,
+            )  # who comes anew has no claim on turns of the past
+
+        return min(ready, key=claim, default=None)  # the first of equals
+
+    def _count(self, owner: bytes) -> None:
+        """An owner's turn. What is older than all that wait, or come from now on, decides nothing and is forgotten."""
+        self._admitted += 1
+        self._turns[owner] = self._admitted
+        waiting = {sequence.salt for sequence in self.waiting}
+        self._turns = {salt: turn for salt, turn in self._turns.items() if salt in waiting}
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of its known beginning, if the rest of its tokens fits beside them."""

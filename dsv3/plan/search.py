@@ -137,14 +137,19 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def fewest(model: ModelConfig, hardware: Hardware, *, rows: int, seq_len: int, precision: str) -> int | None:
     """The least power of two of devices that some layout fits, up to MOST."""
-    room, gpus = hardware.memory * hardware.usable, 1
+    gpus = 1
     while gpus <= MOST:
-        for layout in layouts(model, gpus):
-            starts = refusal(model, layout, rows) is None
-            if starts and memory_of(model, layout, seq_len=seq_len, precision=precision).total <= room:
-                return gpus
+        if _fits(model, gpus, hardware, rows=rows, seq_len=seq_len, precision=precision):
+            return gpus
         gpus *= 2
     return None
+
+
+def _fits(model: ModelConfig, gpus: int, hardware: Hardware, *, rows: int, seq_len: int, precision: str) -> bool:
+    """Whether any layout of so many devices does."""
+    room = hardware.memory * hardware.usable
+    starting = (layout for layout in layouts(model, gpus) if refusal(model, layout, rows) is None)
+    return any(memory_of(model, layout, seq_len=seq_len, precision=precision).total <= room for layout in starting)
 
 
 MOST = 16384
@@ -163,6 +168,11 @@ def does_not_fit(
         cure = f"no power of two of them up to {MOST} does with rows of {seq_len} tokens: take shorter rows, or precision fp8"
     elif enough > found.layout.gpus:
         cure = f"take {enough} devices: of the powers of two the first that fits"
+    elif _fits(model, found.layout.gpus, hardware, rows=4 * rows, seq_len=seq_len, precision=precision):
+        cure = (
+            f"the layouts that would fit take more than the {rows} rows of the smallest step: give more (--batch-size), or "
+            f"{enough} devices"
+        )
     else:
         cure = f"the number divides badly among layers and experts: {enough} devices fit, so do most of its multiples"
     return (

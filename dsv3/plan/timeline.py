@@ -187,7 +187,7 @@ def idle_seconds(schedule: str, ranks: int, micro_batches: int, seconds: Seconds
     if ranks == 1:
         return 0.0
     laid_out = min(micro_batches, filling(schedule, ranks))
-    if schedule == "dualpipe":  # which takes no fewer: a step of fewer waits as long as if it were full
+    if schedule in ("dualpipe", "dualpipev"):  # they take no fewer: a step of fewer waits as long as if it were full
         laid_out = filling(schedule, ranks)
     end = max(block.end for block in lay_out(schedule, ranks, laid_out, seconds))
     return end - laid_out * seconds.pair

@@ -1,4 +1,4 @@
-"""The entry point: what it refuses before a verb's module is read."""
+"""The entry point: what it refuses before a verb's work begins."""
 
 import pytest
 
@@ -33,3 +33,11 @@ def test_tasks_of_eval_are_apart_by_spaces_or_commas(monkeypatch):
     monkeypatch.setattr(evaluate, "_run", seen.append)
     main(["eval", "model", "--tasks", "mmlu,gsm8k,needle", "bpb,", "--out", "out"])
     assert seen[0].tasks == ("mmlu", "gsm8k", "needle", "bpb")
+
+
+def test_what_an_extension_does_not_heed_is_refused(capsys):
+    needed = ["--shards", "shards", "--tokenizer", "tok", "--out", "run", "--extend", "before"]
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", *needed, "--micro-batch", "2"])
+    assert ended.value.code == 1
+    assert "--extend takes no --micro-batch (2): the model is the checkpoint's" in capsys.readouterr().err

@@ -69,6 +69,35 @@ def test_many_requests_of_one_owner_make_anothers_wait_for_one_place():
     assert s.running == many[:4]  # nobody else wants a place
 
 
+@pytest.mark.parametrize(("places", "owners"), [(1, 1), (2, 2), (2, 3)])
+def test_a_late_owner_waits_for_no_more_than_a_place_of_each_busy_one(places, owners):
+    s = scheduler(pages=60, max_running=places)
+    for owner in range(owners):
+        for first in range(9):
+            s.add(sequence(3, 10 * owner + first, salt=b"%d" % owner))
+    run(s)
+    late, ended = sequence(3, 99, salt=b"late"), 0
+    s.add(late)
+    while late not in s.running:
+        s.remove(s.running[0])
+        run(s)
+        ended += 1
+    assert ended <= owners
+
+
+def test_owners_that_always_come_anew_do_not_pass_one_that_waits():
+    s = scheduler(pages=60, max_running=1)
+    old = [sequence(3, first, salt=b"old") for first in range(3)]
+    for one in old:
+        s.add(one)
+    for number in range(12):
+        s.add(sequence(3, 10 + number, salt=b"%d" % number))
+        run(s)
+        s.remove(s.running[0])
+    assert not [one for one in old if one in s.waiting]
+    assert not s._turns  # of nobody who waits
+
+
 def test_a_choice_that_waits_for_its_first_holds_up_no_other_request():
     s, long, other = scheduler(pages=60), sequence(100), sequence(3)
     second = Sequence(list(long.tokens), SamplingParams(max_tokens=20), 1, after=long)

@@ -157,6 +157,11 @@ def test_a_number_that_divides_badly_is_told_with_one_that_does():
         make_plan(v3.job(), hardware_named("h100"), 1000)
 
 
+def test_a_first_step_of_too_few_rows_is_told_as_that():
+    with pytest.raises(ValueError, match=r"on 4096: .* take more than the 3072 rows of the smallest step: give more"):
+        make_plan(v3.job(), hardware_named("h800"), 4096)
+
+
 def test_a_schedule_that_the_ramps_first_steps_are_too_short_for_is_not_planned(report):
     layouts = [report.chosen.layout, *(other.layout for other in report.alternatives)]
     assert min(v3.job().rows()) == 3072

@@ -71,6 +71,10 @@ def test_where_all_passes_take_as_long_the_bubbles_are_the_published_ones(ranks)
     assert idle_seconds("zero-bubble", ranks, many, even) == pytest.approx((ranks - 1) / 2)
 
 
+def test_a_step_of_fewer_than_dualpipev_takes_waits_as_a_full_one_does():
+    assert idle_seconds("dualpipev", 3, 4, UNEVEN) == idle_seconds("dualpipev", 3, 6, UNEVEN)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_full_pipelines_bubble_does_not_grow_with_the_step(schedule):
     for ranks in (2, 3, 8):
